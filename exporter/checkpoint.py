@@ -1,0 +1,201 @@
+"""A model directory as it comes from a hub: config, shards and their tensors, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dllm_export.errors import CheckpointError, IntegrityError
+from dllm_export.graphs.families import BIAS_SLOTS, FAMILIES, LAYER_SLOTS, ModelConfig, detect_family
+from dllm_export.runtime.safetensors_file import read_header
+
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+"""Buffers that some checkpoints store and that are recomputed from the configuration."""
+JSON_LIMIT = 64 * 2**20
+
+Load = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checked model directory: every tensor the graphs need is there, with the right shape, and no other."""
+
+    path: Path
+    architecture: str
+    config: ModelConfig
+    shards: Mapping[str, str]
+    """Tensor name -> file name."""
+
+    @contextmanager
+    def reading(self) -> Iterator[Load]:
+        """A loader of tensors by name; shards are mapped while the context lives and closed after it."""
+        open_files: dict[str, Any] = {}
+
+        def load(name: str) -> torch.Tensor:
+            file = self.shards[name]
+            if file not in open_files:
+                open_files[file] = _open_shard(self.path / file)
+            tensor = open_files[file][name] if file.endswith(".bin") else open_files[file].get_tensor(name)
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"{file}: tensor '{name}' holds NaN or infinity; download or train the file again"
+                )
+            return torch.as_tensor(tensor)
+
+        try:
+            yield load
+        finally:
+            open_files.clear()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum((self.path / file).stat().st_size for file in set(self.shards.values()))
+
+
+def open_checkpoint(
+    path: Path, *, family: str | None = None, mask_id: int | None = None, layers: int | None = None
+) -> Checkpoint:
+    """Read configuration and headers only. `layers` keeps the first few layers of a deeper model."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give the local directory of a downloaded model")
+    raw = read_json(path / "config.json")
+    if family is not None and family not in FAMILIES:
+        raise CheckpointError(f"no family is called {family!r}; there are: {', '.join(FAMILIES)}")
+    config = (FAMILIES[family] if family else detect_family(raw)).read_config(raw, mask_id)
+    expected = expected_tensors(config)
+    shards, shapes = find_shards(path)
+    _compare(expected, shapes)
+    if layers is not None:
+        config = truncate(config, layers)
+        expected = expected_tensors(config)
+    architectures = raw.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else config.family
+    return Checkpoint(path, architecture, config, {name: shards[name] for name in expected})
+
+
+def truncate(config: ModelConfig, layers: int) -> ModelConfig:
+    """The same model with its first layers only."""
+    from dataclasses import replace
+
+    if not 1 <= layers <= config.shape.layers:
+        raise CheckpointError(f"--num-layers is {layers}, expected 1 to {config.shape.layers}")
+    return replace(config, shape=replace(config.shape, layers=layers))
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, as PyTorch stores it, of every tensor the model consists of."""
+    shape, names = config.shape, config.names
+    query, kv, d, mlp = shape.query_width, shape.key_width, shape.hidden, shape.mlp
+    in_layer: dict[str, tuple[int, ...]] = {
+        "norm1": (d,), "q": (query, d), "k": (kv, d), "v": (kv, d), "out": (d, query), "norm2": (d,),
+        "gate": (mlp, d), "up": (mlp, d), "down": (d, mlp), "q_bias": (query,), "k_bias": (kv,), "v_bias": (kv,),
+    }  # fmt: skip
+    slots = (*LAYER_SLOTS, *(BIAS_SLOTS if shape.qkv_bias else ()))
+    expected = {names.in_layer(slot, layer): in_layer[slot] for layer in range(shape.layers) for slot in slots}
+    expected |= {names.embedding: (shape.vocab, d), names.norm: (d,)}
+    return expected if shape.tied_head else {**expected, names.head: (shape.vocab, d)}
+
+
+def find_shards(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """(tensor -> file, tensor -> shape) of model.safetensors, a sharded index, or .bin files, in this order."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = path / f"{stem}.{suffix}.index.json"
+        if (path / f"{stem}.{suffix}").is_file():
+            return _read_shards(path, [f"{stem}.{suffix}"])
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{index.name} has no 'weight_map' of tensor names to file names")
+            files = sorted(set(weight_map.values()))
+            for file in files:
+                if Path(file).name != file or "\\" in file or not file.endswith("." + suffix):
+                    raise CheckpointError(
+                        f"{index.name} names the file {file!r}; only .{suffix} files beside it are read"
+                    )
+            shards, shapes = _read_shards(path, files)
+            moved = [name for name, file in weight_map.items() if shards.get(name) != file]
+            if moved:
+                raise CheckpointError(
+                    f"{index.name} places {moved[0]!r} in {weight_map[moved[0]]}, which does not hold it"
+                )
+            return shards, shapes
+    raise CheckpointError(
+        f"{path} holds no weights: expected model.safetensors, model.safetensors.index.json or pytorch_model*.bin"
+    )
+
+
+def _read_shards(path: Path, files: list[str]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    shards: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not (path / file).is_file():
+            raise CheckpointError(f"shard {file} is missing in {path}; download it again")
+        if file.endswith(".bin"):
+            entries = {name: tuple(tensor.shape) for name, tensor in _open_shard(path / file).items()}
+        else:
+            entries = {name: entry.shape for name, entry in read_header(path / file).items()}
+        for name, shape in entries.items():
+            if name in shards:
+                raise CheckpointError(f"tensor '{name}' is in both {shards[name]} and {file}; remove one of them")
+            if not name.endswith(IGNORED_SUFFIXES):
+                shards[name], shapes[name] = file, shape
+    return shards, shapes
+
+
+def _open_shard(path: Path) -> Any:
+    if path.suffix != ".bin":
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise IntegrityError(f"{path.name} is damaged ({error}); download it again") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise IntegrityError(
+            f"{path.name} is damaged or holds more than tensors ({reason}); it was not loaded"
+        ) from None
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {_listing(missing)}; a shard is missing or config.json is another model's"
+        )
+    if extra:
+        raise CheckpointError(
+            f"the checkpoint holds {_listing(extra)}, which this model does not use; remove it or fix config.json"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"tensor '{name}' is {found[name]}, expected {shape} from config.json")
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing in {path.parent}; it must be a complete model directory")
+    if path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{path.name} has {path.stat().st_size} bytes, more than any configuration needs")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path.name} is not valid JSON; download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object")
+    return value

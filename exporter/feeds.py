@@ -1,0 +1,53 @@
+"""Seeded inputs for one run of a graph, shaped like a step of a real request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.rope import rotary_tables
+from dllm_export.runtime.safetensors_file import SafetensorsFile
+
+Feeds = Mapping[str, NDArray[np.generic]]
+
+BATCH, PROMPT, RESPONSE, BUDGET, PADDING = 2, 13, 11, 5, 3
+LENGTH = PROMPT + RESPONSE
+
+
+def make_feeds(bundle: Bundle, graph: str) -> Feeds:
+    """Inputs of a graph: two sequences, one left-padded; hidden rows as large as the checkpoint's own activations."""
+    spec, shape = bundle.specs[graph], bundle.manifest.shape
+    rng = np.random.default_rng(7)
+    states = SafetensorsFile(bundle.file(bundle.manifest.probe)).view("hidden")
+    size = float(np.sqrt(np.mean(states[len(states) // 2].astype(np.float64) ** 2)))
+    columns = np.arange(LENGTH)
+    padding = np.array([0, PADDING])[:, None]
+    cos, sin = rotary_tables(shape, np.maximum(columns - padding, 0))
+    alive = np.tile(np.arange(PROMPT, LENGTH, dtype=np.int32), (BATCH, 1))
+    whole = graph == "layer_full"
+    rows = LENGTH if whole else RESPONSE
+    known: dict[str, NDArray[np.generic]] = {
+        "tokens": rng.integers(0, shape.vocab, (BATCH, rows)).astype(np.int32),
+        "cos": cos,
+        "sin": sin,
+        "mask": columns >= padding,
+        "index": alive if graph.startswith("layer_") else rng.integers(0, RESPONSE, (BATCH, BUDGET)).astype(np.int32),
+        "slot": np.tile(np.maximum(columns - PROMPT, 0).astype(np.int32), (BATCH, 1)),
+        "fresh": np.tile(columns >= PROMPT, (BATCH, 1)),
+        "budget": np.array([BUDGET], np.int64),
+        "forced": rng.random((BATCH, rows)) < 0.1,
+        "bias": np.zeros(shape.vocab),
+        "cfg_scale": np.array([1.5]),
+        "guidance": rng.standard_normal((BATCH, rows, shape.hidden)) * 0.1,
+    }
+    feeds = {}
+    for tensor in spec.inputs:
+        if tensor.name in known:
+            feeds[tensor.name] = known[tensor.name]
+            continue
+        count = LENGTH if tensor.name in ("key", "value") else rows
+        feeds[tensor.name] = rng.standard_normal((BATCH, count, int(tensor.dims[-1]))) * size
+    return feeds

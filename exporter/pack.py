@@ -1,0 +1,76 @@
+"""Write a bundle all or nothing: into a temporary directory beside the target, then one rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dllm_export.errors import ResourceError, UsageError
+from dllm_export.runtime.bundle import file_digest
+from dllm_export.runtime.manifest import MANIFEST, FileRecord
+
+
+@contextmanager
+def replacing(target: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary directory that becomes `target` when the block succeeds; on any failure the target stays as it was."""
+    target = Path(os.path.abspath(target))
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} exists and is not a bundle; choose another output directory")
+    if (target / MANIFEST).is_file() and not force:
+        raise UsageError(f"{target} already holds a bundle; pass --force to replace it, or choose another directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {target.parent}: {error.strerror}") from None
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        _swap(work, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"no space left in {target.parent} while writing {target.name}; free some and run again"
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+        return
+    old = work.with_name(work.name.replace("partial", "old"))
+    target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def require_space(target: Path, needed: int) -> None:
+    """Refuse before writing when the disk cannot hold the bundle."""
+    existing = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"the bundle needs about {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free; free some or choose "
+            f"another disk with -o"
+        )
+
+
+def list_files(root: Path) -> tuple[FileRecord, ...]:
+    """Size and digest of every file below a directory."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return tuple(
+        FileRecord(path=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=file_digest(path))
+        for path in files
+    )

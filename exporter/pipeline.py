@@ -1,0 +1,158 @@
+"""Checkpoint -> bundle, in order: check, convert weights, build graphs, write the manifest, rename."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from dllm_export import __version__
+from dllm_export.errors import UsageError
+from dllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
+from dllm_export.exporter.onnx_graph import ExternalTensor, build_onnx
+from dllm_export.exporter.onnx_ops import OPSET
+from dllm_export.exporter.pack import list_files, replacing, require_space
+from dllm_export.exporter.probe import Probe
+from dllm_export.exporter.tokenizer import write_tokenizer
+from dllm_export.exporter.weights import FOLDER, StoredWeights, write_weights
+from dllm_export.graphs import DType, GraphSpec, graph_specs
+from dllm_export.runtime.bundle import Bundle, file_digest, open_bundle
+from dllm_export.runtime.manifest import (
+    FORMAT,
+    MANIFEST,
+    GraphRecord,
+    Manifest,
+    encode_manifest,
+    tensor_records,
+)
+from dllm_export.runtime.options import option
+from dllm_export.runtime.safetensors_file import read_header
+
+ExportType = Literal["float32", "float16", "bfloat16"]
+WeightsForm = Literal["bound", "embedded"]
+PLACEHOLDER = "given-when-opened"
+"""Location of a constant graph's weights: no file; the provider gets them from the bundle's safetensors."""
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the step and the number of steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to make of a checkpoint."""
+
+    dtype: ExportType = option("float32", "type of weights and activations", choices=get_args(ExportType))
+    weights: WeightsForm = option(
+        "bound", "embedded adds self-contained ONNX files per layer", choices=get_args(WeightsForm)
+    )
+    family: str | None = option(None, "take the checkpoint for this family instead of detecting it")
+    mask_id: int | None = option(None, "id of the mask token, where config.json does not state it")
+    num_layers: int | None = option(None, "export only the first layers (for trials)")
+    no_tokenizer: bool = option(False, "export without a tokenizer; the bundle then works on token ids")
+    force: bool = option(False, "replace an existing bundle")
+
+
+def export(
+    model: Path,
+    target: Path,
+    options: ExportOptions = ExportOptions(),
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model directory and return the verified bundle."""
+    if options.dtype not in ITEM_SIZE:
+        raise UsageError(f"--dtype is {options.dtype!r}, expected one of: {', '.join(ITEM_SIZE)}")
+    report = progress or (lambda what, step, steps: None)
+    checkpoint = open_checkpoint(model, family=options.family, mask_id=options.mask_id, layers=options.num_layers)
+    require_space(target, checkpoint.config.shape.weight_count * ITEM_SIZE[options.dtype])
+    steps = checkpoint.config.shape.layers + 3
+    with replacing(target, force=options.force) as root:
+        probe = Probe(checkpoint.config)
+        stored: StoredWeights | None = None
+        for layer, stored in enumerate(write_weights(checkpoint, options.dtype, root, probe)):
+            report(f"weights of layer {layer + 1}" if stored is None else "embedding and head", layer + 1, steps)
+        assert stored is not None
+        graphs = write_graphs(checkpoint, options.dtype, root)
+        embedded = write_embedded(checkpoint, options.dtype, stored, root) if options.weights == "embedded" else {}
+        report("graphs", steps - 1, steps)
+        tokenizer, end_of_turn = (
+            (None, None) if options.no_tokenizer else write_tokenizer(model, checkpoint.config, root)
+        )
+        manifest = Manifest(
+            format=FORMAT,
+            digest="",
+            family=checkpoint.config.family,
+            architecture=checkpoint.architecture,
+            dtype=options.dtype,
+            opset=OPSET,
+            shape=checkpoint.config.shape,
+            tokens=replace(checkpoint.config.tokens, end_of_turn=end_of_turn),
+            sampler=checkpoint.config.sampler,
+            weights=options.weights,
+            graphs=graphs,
+            embedded=embedded,
+            layer_bindings=stored.layers,
+            model_bindings=stored.model,
+            tokenizer=tokenizer,
+            probe=probe.save(root),
+            assumed=checkpoint.config.assumed,
+            source=_source_digests(model),
+            tools=_tool_versions(),
+            files=list_files(root),
+        )
+        (root / MANIFEST).write_bytes(encode_manifest(manifest))
+        report("manifest", steps, steps)
+    return open_bundle(target)
+
+
+def write_graphs(checkpoint: Checkpoint, dtype: DType, root: Path) -> dict[str, GraphRecord]:
+    """Every graph twice: weights as inputs, and as initialisers whose data comes at opening. Kilobytes each."""
+    (root / "graphs").mkdir()
+    records = {}
+    for name, spec in graph_specs(checkpoint.config.shape).items():
+        file = f"graphs/{name}.onnx"
+        (root / file).write_bytes(build_onnx(spec, checkpoint.config.shape, dtype).SerializeToString())
+        inputs, weights, outputs = map(tensor_records, (spec.inputs, spec.weights, spec.outputs))
+        constant = f"graphs/{name}.constant.onnx" if spec.weights else None
+        if constant is not None:
+            places = {weight.name: ExternalTensor(PLACEHOLDER, 0, 0) for weight in spec.weights}
+            (root / constant).write_bytes(build_onnx(spec, checkpoint.config.shape, dtype, places).SerializeToString())
+        records[name] = GraphRecord(file=file, constant_file=constant, inputs=inputs, weights=weights, outputs=outputs)
+    return records
+
+
+def write_embedded(
+    checkpoint: Checkpoint, dtype: DType, stored: StoredWeights, root: Path
+) -> dict[str, tuple[str, ...]]:
+    """Self-contained graphs. They lie beside the weights, since ONNX reads external data only beside or below a file."""
+    files = {}
+    for name, spec in graph_specs(checkpoint.config.shape).items():
+        bindings = stored.layers if name.startswith("layer_") and spec.weights else (stored.model,)
+        paths = []
+        for number, records in enumerate(bindings):
+            suffix = f".{number:03d}" if len(bindings) > 1 or name.startswith("layer_") else ""
+            paths.append(f"{FOLDER}/{name}{suffix}.onnx")
+            places = {weight.name: _place(root, records[weight.name].file, weight.name) for weight in spec.weights}
+            model = build_onnx(spec, checkpoint.config.shape, dtype, places)
+            (root / paths[-1]).write_bytes(model.SerializeToString())
+        files[name] = tuple(paths)
+    return files
+
+
+def _place(root: Path, file: str, tensor: str) -> ExternalTensor:
+    entry = read_header(root / file)[tensor]
+    return ExternalTensor(location=Path(file).name, offset=entry.offset, length=entry.length)
+
+
+def _source_digests(model: Path) -> dict[str, str]:
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json")
+    return {name: file_digest(model / name) for name in names if (model / name).is_file()}
+
+
+def _tool_versions() -> dict[str, str]:
+    return {"dllm-export": __version__, **{name: importlib.metadata.version(name) for name in ("onnx", "torch")}}
+
+
+__all__ = ["ExportOptions", "GraphSpec", "export"]

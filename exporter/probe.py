@@ -1,0 +1,78 @@
+"""The checkpoint's own answer on a fixed input, recorded at export and compared by `verify`.
+
+A plain float32 forward pass straight from the checkpoint's tensors, written without the graphs, the fused weights or the
+exporter's layout. Whatever the export gets wrong later (a swapped tensor, a transposed matrix, a damaged weight) shows as
+a difference from these activations, and shows in which layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+
+from dllm_export.graphs.families import ModelConfig
+from dllm_export.runtime.rope import rotary_tables
+
+FILE = "probe.safetensors"
+ROWS = 8
+TOP = 8
+
+
+class Probe:
+    """Runs alongside the conversion, one layer at a time."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, config.shape.vocab, ROWS)
+        tokens[ROWS // 2 :] = config.tokens.mask
+        self._tokens = torch.from_numpy(tokens)
+        self._states: list[torch.Tensor] = []
+        self._results: dict[str, torch.Tensor] = {}
+
+    def embed(self, table: torch.Tensor) -> None:
+        """Start from the embedding rows."""
+        self._states = [embedding(self._tokens, table).float() * self._config.shape.embedding_scale]
+
+    def run_layer(self, raw: dict[str, torch.Tensor]) -> None:
+        """One layer from its tensors by canonical slot, [out, in] as stored."""
+        shape, x = self._config.shape, self._states[-1]
+        weights = {slot: tensor.float() for slot, tensor in raw.items()}
+        inner = self._norm(x, weights["norm1"])
+        heads = {}
+        for slot, count in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
+            projected = inner @ weights[slot].T + weights.get(f"{slot}_bias", torch.zeros(()))
+            heads[slot] = projected.view(ROWS, count, shape.head_dim).transpose(0, 1)
+        query, key = self._rotate(heads["q"]), self._rotate(heads["k"])
+        repeat = shape.heads // shape.kv_heads
+        key, value = (tensor.repeat_interleave(repeat, 0) for tensor in (key, heads["v"]))
+        mixed = scaled_dot_product_attention(query, key, value).transpose(0, 1).reshape(ROWS, -1)
+        x = x + mixed @ weights["out"].T
+        inner = self._norm(x, weights["norm2"])
+        x = x + (silu(inner @ weights["gate"].T) * (inner @ weights["up"].T)) @ weights["down"].T
+        self._states.append(x)
+
+    def finish(self, norm: torch.Tensor, head: torch.Tensor) -> None:
+        """The most likely tokens of every row."""
+        logits = self._norm(self._states[-1], norm.float()) @ head.float().T * self._config.shape.logits_scale
+        top = torch.topk(logits, min(TOP, logits.shape[-1]), dim=-1)
+        self._results = {"top_tokens": top.indices.int(), "top_logits": top.values}
+
+    def save(self, root: Path) -> str:
+        """Write the activations; returns the file's name in the bundle."""
+        states = torch.stack(self._states)
+        save_file({"tokens": self._tokens.int(), "hidden": states, **self._results}, root / FILE)
+        return FILE
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._config.shape.norm_eps) * weight
+
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:  # [heads, rows, d]
+        cos, sin = (torch.from_numpy(t[0]).float() for t in rotary_tables(self._config.shape, np.arange(ROWS)[None]))
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), -1) * sin

@@ -1,0 +1,218 @@
+"""Does a bundle compute what its checkpoint computes? Three comparisons, coarse to fine (docs/verification.md).
+
+1. Probe: the checkpoint's own float32 activations, recorded at export, against the bundle's layers and head.
+2. Graphs: every graph of the provider against the torch reference, output by output.
+3. Generation: token for token against the reference, with and without the feature cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.errors import IntegrityError
+from dllm_export.exporter.feeds import Feeds, make_feeds
+from dllm_export.graphs import DType
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
+from dllm_export.runtime.rope import rotary_tables
+from dllm_export.runtime.safetensors_file import SafetensorsFile
+from dllm_export.runtime.session import GraphCall, Session, SessionOptions, open_session
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest relative error of an output: max |difference| over its own root mean square, against the reference."""
+
+    graph: float
+    probe: float
+    agreement: float
+    """Least share of equal tokens in the generation check."""
+
+
+# float32: reduction order alone, about 1e-6 on one layer; a wrong weight is 1e-1 or more. Half types: rounding of one layer
+# (2^-11 and 2^-8) times a few operations for a graph; the probe also crosses the types of the checkpoint.
+TOLERANCES: Mapping[DType, Tolerance] = {
+    "float32": Tolerance(graph=2e-3, probe=2e-3, agreement=1.0),
+    "float16": Tolerance(graph=5e-2, probe=5e-2, agreement=0.9),
+    "bfloat16": Tolerance(graph=3e-1, probe=3e-1, agreement=0.7),
+}
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One comparison: its worst error and the bound."""
+
+    name: str
+    passed: bool
+    worst: float
+    tolerance: float
+    detail: str = ""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All comparisons of a bundle on one provider."""
+
+    provider: str
+    device: str
+    dtype: str
+    passed: bool
+    checks: tuple[Check, ...]
+    agreement: float
+    """Share of equal tokens over all generation checks."""
+    first_difference: int | None
+    """First denoising step in which a committed token differs, if any."""
+
+
+def verify(
+    bundle: Bundle,
+    options: SessionOptions = SessionOptions(),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Compare the provider with the checkpoint's probe and with the torch reference."""
+    report = progress or (lambda what, step, steps: None)
+    reference = open_session(bundle, SessionOptions(provider="torch", threads=options.threads))
+    candidate = open_session(bundle, options)
+    tolerance = TOLERANCES[bundle.manifest.dtype]
+    names = list(bundle.specs)
+    steps = len(names) + 4
+    checks: list[Check] = []
+    report("probe", 0, steps)
+    for label, session in (("reference", reference), (candidate.provider, candidate)):
+        checks.extend(check_probe(bundle, session, label, tolerance.probe))
+    for number, name in enumerate(names):
+        report(f"graph {name}", number + 1, steps)
+        checks.extend(check_graph(bundle, reference, candidate, name, tolerance.graph))
+    first: list[int] = []
+    shares = []
+    policies: tuple[CachePolicy, ...] = (NoCache(), DllmCache(prompt_interval=5, response_interval=3))
+    for number, policy in enumerate(policies):
+        report(f"generation with {policy.name}", len(names) + 1 + number, steps)
+        share, step = compare_generation(bundle, reference, candidate, policy)
+        detail = "every token equal" if step is None else f"first difference in step {step}"
+        passed = share >= tolerance.agreement
+        shares.append(share)
+        first.extend([] if step is None else [step])
+        checks.append(
+            Check(
+                name=f"generation {policy.name}",
+                passed=passed,
+                worst=1 - share,
+                tolerance=1 - tolerance.agreement,
+                detail=detail,
+            )
+        )
+    report("done", steps, steps)
+    for session in (reference, candidate):
+        session.close()
+    return Report(
+        provider=options.provider,
+        device=options.device,
+        dtype=bundle.manifest.dtype,
+        passed=all(check.passed for check in checks),
+        checks=tuple(checks),
+        agreement=float(np.mean(shares)),
+        first_difference=min(first, default=None),
+    )
+
+
+# -- 1. probe
+def check_probe(bundle: Bundle, session: Session, label: str, tolerance: float) -> Iterator[Check]:
+    """Embedding, each layer and the head of a session, each fed with the checkpoint's own activations."""
+    probe = SafetensorsFile(bundle.file(bundle.manifest.probe))
+    tokens, states = probe.view("tokens"), probe.view("hidden").astype(np.float64)
+    shape, rows = bundle.manifest.shape, len(tokens)
+    if states.shape != (shape.layers + 1, rows, shape.hidden):
+        raise IntegrityError(f"{bundle.manifest.probe} does not fit the model's shape; export again")
+    run = partial(run_graph, bundle, session)
+    embedded = run("embed", None, {"tokens": tokens[None]})["hidden_out"]
+    yield _compare(f"probe {label}: embedding", {"hidden_out": embedded}, {"hidden_out": states[None, 0]}, tolerance)
+    cos, sin = rotary_tables(shape, np.arange(rows)[None])
+    context = {"cos": cos, "sin": sin, "mask": np.ones((1, rows), np.bool_)}
+    results, expected = {}, {}
+    for layer in range(shape.layers):
+        hidden = states[None, layer]
+        results[f"layer {layer}"] = run("layer_full", layer, {"hidden": hidden, **context})["delta_out"]
+        expected[f"layer {layer}"] = states[None, layer + 1] - hidden
+    yield _compare(f"probe {label}: layers", results, expected, tolerance)
+    index = np.arange(rows, dtype=np.int32)[None]
+    head = run("head", None, {"hidden": states[None, -1], "index": index, "bias": np.zeros(shape.vocab)})
+    count = probe.view("top_logits").shape[1]
+    logits = {"logits": head["top_logits"][..., :count]}
+    yield _compare(f"probe {label}: head", logits, {"logits": probe.view("top_logits")[None]}, tolerance)
+
+
+# -- 2. graphs
+def check_graph(bundle: Bundle, reference: Session, candidate: Session, name: str, tolerance: float) -> Iterator[Check]:
+    """A graph on realistic feeds: the first, middle and last layer for layer graphs."""
+    last = bundle.manifest.shape.layers - 1
+    layers = sorted({0, last // 2, last}) if name.startswith("layer_") and bundle.specs[name].weights else [None]
+    for layer in layers:
+        feeds = make_feeds(bundle, name)
+        expected = run_graph(bundle, reference, name, layer, feeds)
+        results = run_graph(bundle, candidate, name, layer, feeds)
+        where = name if layer is None else f"{name} layer {layer}"
+        yield _compare(f"graph {where}", results, expected, tolerance)
+
+
+def run_graph(bundle: Bundle, session: Session, graph: str, layer: int | None, feeds: Feeds) -> dict[str, Array]:
+    """Outputs of one run by name; dims of the outputs follow from the feeds."""
+    spec = bundle.specs[graph]
+    sizes: dict[str | int, int] = {}
+    for tensor in spec.inputs:
+        sizes.update(zip(tensor.dims, feeds[tensor.name].shape, strict=True))
+    if "budget" in feeds:
+        sizes["Q"] = int(feeds["budget"][0])
+    buffers = {}
+    for tensor in (*spec.inputs, *spec.outputs):
+        dims = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.dims)
+        buffers[tensor.name] = session.allocate(dims, tensor.type)
+        if tensor.name in feeds:
+            buffers[tensor.name].write(feeds[tensor.name])
+    session.prepare([GraphCall(graph, layer, buffers)])()
+    return {tensor.name: buffers[tensor.name].read() for tensor in spec.outputs}
+
+
+# -- 3. generation
+def compare_generation(
+    bundle: Bundle, reference: Session, candidate: Session, policy: CachePolicy
+) -> tuple[float, int | None]:
+    """(share of equal tokens, first step with a different commit) of a short generation, batch 2, two blocks."""
+    shape, tokens = bundle.manifest.shape, bundle.manifest.tokens
+    rng = np.random.default_rng(1)
+    usable = np.setdiff1d(np.arange(min(shape.vocab, 50_000)), [tokens.mask, tokens.eos, tokens.pad])
+    prompts = [rng.choice(usable, length).tolist() for length in (24, 17)]
+    options = GenerationOptions(gen_length=16, block_length=8)
+    runs = []
+    for session in (reference, candidate):
+        model = DiffusionLM(bundle, session)
+        runs.append([frame.tokens for frame in model.stream(model.continuation(prompts, options), options, policy)])
+    step = next((n + 1 for n, (a, b) in enumerate(zip(*runs, strict=True)) if not np.array_equal(a, b)), None)
+    return float(np.mean(runs[0][-1] == runs[1][-1])), step
+
+
+def _compare(name: str, results: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float) -> Check:
+    """Worst relative error over outputs; integer outputs must be equal (near-ties of half types excepted by tolerance)."""
+    errors = {key: relative_error(results[key], expected[key]) for key in results}
+    worst = max(errors, key=lambda key: errors[key] if np.isfinite(errors[key]) else np.inf)
+    passed = bool(np.isfinite(errors[worst]) and errors[worst] <= tolerance)
+    return Check(name=name, passed=passed, worst=errors[worst], tolerance=tolerance, detail=f"worst: {worst}")
+
+
+def relative_error(result: Array, expected: Array) -> float:
+    """Largest |difference| over the root mean square of the expected; share of different elements for integers."""
+    if result.dtype.kind in "iub" and expected.dtype.kind in "iub":
+        return float(np.mean(result != expected))
+    difference = np.abs(result.astype(np.float64) - expected.astype(np.float64))
+    if not np.isfinite(difference).all():
+        return float("inf")
+    scale = float(np.sqrt(np.mean(expected.astype(np.float64) ** 2)))
+    return float(difference.max()) / max(scale, 1e-6)

@@ -1,0 +1,99 @@
+"""Checkpoint tensors -> the layout the graphs bind: [in, out], query|key fused, gate|up fused, one file per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dllm_export.errors import CheckpointError
+from dllm_export.exporter.checkpoint import Checkpoint, Load
+from dllm_export.exporter.probe import Probe
+from dllm_export.graphs import DType
+from dllm_export.graphs.families import BIAS_SLOTS, LAYER_SLOTS
+from dllm_export.runtime.manifest import WeightRecord
+
+TORCH_TYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+FOLDER = "weights"
+MODEL_FILE = f"{FOLDER}/model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """Where every weight of the graphs went."""
+
+    layers: tuple[dict[str, WeightRecord], ...]
+    model: dict[str, WeightRecord]
+
+
+def layer_file(layer: int) -> str:
+    """The weights file of a layer."""
+    return f"{FOLDER}/layer.{layer:03d}.safetensors"
+
+
+def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe) -> Iterator[StoredWeights | None]:
+    """Convert layer by layer; yields None after each layer and the bindings at the end.
+
+    One layer is in memory at a time. The probe sees every tensor as the checkpoint stores it, before conversion.
+    """
+    (root / FOLDER).mkdir()
+    config, names = checkpoint.config, checkpoint.config.names
+    slots = (*LAYER_SLOTS, *(BIAS_SLOTS if config.shape.qkv_bias else ()))
+    with checkpoint.reading() as load:
+        probe.embed(load(names.embedding))
+    layers = []
+    for layer in range(config.shape.layers):
+        with checkpoint.reading() as load:
+            raw = {slot: load(names.in_layer(slot, layer)) for slot in slots}
+            probe.run_layer(raw)
+            layers.append(_save(fuse_layer(raw), dtype, root, layer_file(layer)))
+        yield None
+    with checkpoint.reading() as load:
+        yield StoredWeights(tuple(layers), _write_model(checkpoint, load, dtype, root, probe))
+
+
+def _write_model(checkpoint: Checkpoint, load: Load, dtype: DType, root: Path, probe: Probe) -> dict[str, WeightRecord]:
+    names = checkpoint.config.names
+    embedding, norm = load(names.embedding), load(names.norm)
+    head = embedding if checkpoint.config.shape.tied_head else load(names.head)
+    probe.finish(norm, head)
+    tensors = {"embedding": embedding, "norm": norm}
+    if not checkpoint.config.shape.tied_head:
+        tensors["head"] = head.T
+    return _save(tensors, dtype, root, MODEL_FILE)
+
+
+def fuse_layer(raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Canonical slots [out, in] -> the graphs' weights [in, out]."""
+    weights = {
+        "norm1": raw["norm1"],
+        "qk": torch.cat((raw["q"], raw["k"])).T,
+        "v": raw["v"].T,
+        "out": raw["out"].T,
+        "norm2": raw["norm2"],
+        "gate_up": torch.cat((raw["gate"], raw["up"])).T,
+        "down": raw["down"].T,
+    }
+    if "q_bias" in raw:
+        weights["qk_bias"] = torch.cat((raw["q_bias"], raw["k_bias"]))
+        weights["v_bias"] = raw["v_bias"]
+    return weights
+
+
+def _save(tensors: dict[str, torch.Tensor], dtype: DType, root: Path, file: str) -> dict[str, WeightRecord]:
+    converted = {}
+    for name, tensor in tensors.items():
+        converted[name] = tensor.to(TORCH_TYPES[dtype]).contiguous()
+        if dtype == "float16" and not bool(torch.isfinite(converted[name]).all()):
+            raise CheckpointError(
+                f"a value of '{name}' in {file} overflows float16; export with --dtype bfloat16 or float32"
+            )
+    save_file(converted, root / file)
+    return {name: WeightRecord(file=file, tensor=name) for name in converted}

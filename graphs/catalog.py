@@ -1,0 +1,171 @@
+"""Which graphs exist: their inputs, weights and outputs by name, with dims and types. The contract in one place.
+
+Dim letters: B batch, S sequence, X alive rows, Q recomputed or candidate rows, N rows of a source, K head candidates;
+numbers are sizes fixed by the model. Outputs end in `_out` where an input has the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from dllm_export.graphs import steps
+from dllm_export.graphs.shape import ModelShape
+
+TensorType = Literal["compute", "float32", "int32", "int64", "bool"]
+"""`compute` is the export's dtype (float32, float16 or bfloat16)."""
+
+GraphFunction = Callable[..., dict[str, Any]]
+
+TOP_TOKENS = 64
+"""Candidates that the head returns for sampling; a model with fewer tokens returns all (docs/decisions.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named tensor of a graph."""
+
+    name: str
+    type: TensorType
+    dims: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """The signature of one graph. `weights` are bound once, `inputs` and `outputs` at every run."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    weights: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    function: GraphFunction
+    """`function(ops, shape, tensors) -> outputs by name`."""
+
+    def tensor(self, name: str) -> TensorSpec:
+        """The input, weight or output of this name."""
+        return next(spec for spec in (*self.inputs, *self.weights, *self.outputs) if spec.name == name)
+
+
+LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive")
+
+
+def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
+    """Weights of one layer as stored: [in, out], query|key fused, gate|up fused, value apart (docs/decisions.md)."""
+    d, kv = shape.hidden, shape.key_width
+    weights = [
+        TensorSpec("norm1", "compute", (d,)),
+        TensorSpec("qk", "compute", (d, shape.query_width + kv)),
+        TensorSpec("v", "compute", (d, kv)),
+        TensorSpec("out", "compute", (shape.query_width, d)),
+        TensorSpec("norm2", "compute", (d,)),
+        TensorSpec("gate_up", "compute", (d, 2 * shape.mlp)),
+        TensorSpec("down", "compute", (shape.mlp, d)),
+    ]
+    if shape.qkv_bias:
+        weights.append(TensorSpec("qk_bias", "compute", (shape.query_width + kv,)))
+        weights.append(TensorSpec("v_bias", "compute", (kv,)))
+    return tuple(weights)
+
+
+def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
+    """Every graph of a model of this shape, by name."""
+    d, kv, half = shape.hidden, shape.key_width, shape.head_dim // 2
+    top = min(TOP_TOKENS, shape.vocab)
+    layer = layer_weights(shape)
+    table = TensorSpec("embedding", "compute", (shape.vocab, d))
+    norm = TensorSpec("norm", "compute", (d,))
+    classifier = (norm, table) if shape.tied_head else (norm, TensorSpec("head", "compute", (d, shape.vocab)))
+
+    def rows(name: str, count: str, width: int) -> TensorSpec:
+        return TensorSpec(name, "compute", ("B", count, width))
+
+    def positions(name: str, count: str) -> TensorSpec:
+        return TensorSpec(name, "int32", ("B", count))
+
+    context = (
+        TensorSpec("cos", "float32", ("B", "S", half)),
+        TensorSpec("sin", "float32", ("B", "S", half)),
+        TensorSpec("mask", "bool", ("B", "S")),
+    )
+    placed = (positions("slot", "S"), TensorSpec("fresh", "bool", ("B", "S")))
+    cache = (rows("key", "S", kv), rows("value", "S", kv))
+    cache_out = (rows("key_out", "S", kv), rows("value_out", "S", kv))
+    candidates = (rows("hidden", "X", d), positions("index", "Q"), TensorSpec("bias", "float32", (shape.vocab,)))
+    statistics = (
+        positions("token", "Q"),
+        *(TensorSpec(name, "float32", ("B", "Q")) for name in ("confidence", "margin", "entropy")),
+        TensorSpec("top_tokens", "int32", ("B", "Q", top)),
+        TensorSpec("top_logits", "float32", ("B", "Q", top)),
+        TensorSpec("logsumexp", "float32", ("B", "Q")),
+    )
+    graphs = (
+        GraphSpec("embed", (positions("tokens", "X"),), (table,), (rows("hidden_out", "X", d),), steps.embed),
+        GraphSpec(
+            "layer_full",
+            (rows("hidden", "S", d), *context),
+            layer,
+            (rows("hidden_out", "S", d), *cache_out, rows("delta_out", "S", d)),
+            steps.layer_full,
+        ),
+        GraphSpec(
+            "layer_partial",
+            (rows("hidden", "Q", d), positions("index", "Q"), *placed, *cache, *context),
+            layer,
+            (rows("hidden_out", "Q", d), *cache_out, rows("delta_out", "Q", d)),
+            steps.layer_partial,
+        ),
+        GraphSpec(
+            "layer_adaptive",
+            (
+                rows("hidden", "X", d),
+                positions("index", "X"),
+                *placed,
+                *cache,
+                rows("delta", "X", d),
+                TensorSpec("budget", "int64", (1,)),
+                TensorSpec("forced", "bool", ("B", "X")),
+                *context,
+            ),
+            layer,
+            (
+                rows("hidden_out", "X", d),
+                *cache_out,
+                rows("delta_out", "X", d),
+                positions("index_out", "Q"),
+                TensorSpec("drift", "float32", ("B", "X")),
+            ),
+            steps.layer_adaptive,
+        ),
+        GraphSpec(
+            "layer_skip",
+            (rows("hidden", "X", d), rows("delta", "X", d)),
+            (),
+            (rows("hidden_out", "X", d),),
+            steps.layer_skip,
+        ),
+        GraphSpec(
+            "gather",
+            (rows("hidden", "N", d), positions("index", "Q")),
+            (),
+            (rows("hidden_out", "Q", d),),
+            steps.gather,
+        ),
+        GraphSpec(
+            "guidance",
+            (rows("hidden", "X", d), rows("unconditional", "X", d)),
+            (norm,),
+            (rows("guidance_out", "X", d),),
+            steps.guidance,
+        ),
+        GraphSpec("head", candidates, classifier, statistics, partial(steps.head, top=top)),
+        GraphSpec(
+            "head_guided",
+            (*candidates, rows("guidance", "X", d), TensorSpec("cfg_scale", "compute", (1,))),
+            classifier,
+            statistics,
+            partial(steps.head, top=top),
+        ),
+    )
+    return {graph.name: graph for graph in graphs}

@@ -1,0 +1,140 @@
+"""LLaDA-8B Base and Instruct, LLaDA-1.5 (arXiv 2502.09992): Llama-like, full attention, no shift, float32 RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dllm_export.errors import CheckpointError
+from dllm_export.graphs.families.family import (
+    Family,
+    ModelConfig,
+    SamplerDefaults,
+    SpecialTokens,
+    TensorNames,
+    read,
+)
+from dllm_export.graphs.shape import ModelShape
+
+MASK, EOS = 126336, 126081
+RELEASED_VOCABULARY = 126464
+
+UNSUPPORTED = (
+    ("alibi", True, "alibi positions"),
+    ("include_bias", True, "biases on every linear layer"),
+    ("attention_layer_norm", True, "query/key norms over the full width"),
+    ("multi_query_attention", True, "multi_query_attention without n_kv_heads"),
+)
+REQUIRED = (
+    # key, required value, class default when the key is missing
+    ("rope", True, False),
+    ("block_type", "llama", "sequential"),
+    ("layer_norm_type", "rms", "default"),
+    ("activation_type", "silu", "swiglu"),
+)
+
+
+def detect(raw: Mapping[str, object]) -> bool:
+    """Architecture first; `model_type` llada alone is shared with LLaDA-MoE, which has num_experts."""
+    architectures = raw.get("architectures") or []
+    if isinstance(architectures, list) and architectures:
+        return bool(architectures[0] == "LLaDAModelLM")
+    return raw.get("model_type") == "llada" and "d_model" in raw and "num_experts" not in raw
+
+
+def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
+    """config.json -> ModelConfig, with the class defaults of the published configuration for missing keys."""
+    for key, value, what in UNSUPPORTED:
+        if raw.get(key) == value and not (key == "multi_query_attention" and raw.get("n_kv_heads")):
+            raise CheckpointError(
+                f"config.json: '{key}' is {value}: {what} are not supported (no released LLaDA has them)"
+            )
+    for key, required, default in REQUIRED:
+        if raw.get(key, default) != required:
+            got = raw.get(key, f"missing, which means {default!r}")
+            raise CheckpointError(f"config.json: '{key}' is {got!r}, expected {required!r}: no released LLaDA differs")
+    width, heads = read(raw, "d_model", int, 768), read(raw, "n_heads", int, 12)
+    kv_heads = read(raw, "n_kv_heads", int, heads)
+    if heads < 1 or width % heads or kv_heads < 1 or heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: d_model {width}, n_heads {heads}, n_kv_heads {kv_heads} do not fit: d_model must be a multiple "
+            f"of n_heads and n_heads of n_kv_heads"
+        )
+    vocab = read(raw, "embedding_size", int, read(raw, "vocab_size", int, 50257))
+    shape = ModelShape(
+        layers=read(raw, "n_layers", int, 12),
+        hidden=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        mlp=read(raw, "mlp_hidden_size", int, width * read(raw, "mlp_ratio", int, 4)),
+        vocab=vocab,
+        max_length=read(raw, "max_sequence_length", int, 1024),
+        norm_eps=read(raw, "rms_norm_eps", float, 1e-5),
+        rope_theta=read(raw, "rope_theta", float, 1e4),
+        rope_float32=read(raw, "rope_full_precision", bool, True),
+        qkv_bias=read(raw, "include_qkv_bias", bool, False),
+        tied_head=read(raw, "weight_tying", bool, True),
+        embedding_scale=width**0.5 if raw.get("input_emb_norm") else 1.0,
+        logits_scale=width**-0.5 if raw.get("scale_logits") else 1.0,
+    )
+    tokens, assumed = read_tokens(raw, vocab, mask_id)
+    return ModelConfig(
+        family="llada",
+        shape=shape,
+        tokens=tokens,
+        sampler=SamplerDefaults(steps=128, gen_length=128, block_length=128),
+        names=tensor_names(read(raw, "block_group_size", int, 1)),
+        end_of_turn="<|eot_id|>",
+        assumed=assumed,
+    )
+
+
+def read_tokens(raw: Mapping[str, object], vocab: int, mask_id: int | None) -> tuple[SpecialTokens, tuple[str, ...]]:
+    """Special ids: config first; the released ids only for the released vocabulary, and then it is said."""
+    assumed = []
+    stated = raw.get("mask_token_id")
+    if mask_id is not None and stated is not None and mask_id != stated:
+        raise CheckpointError(f"--mask-id {mask_id} contradicts config.json's mask_token_id {stated}; drop one of them")
+    ids: dict[str, int] = {}
+    for key, given, table in (("mask", mask_id, MASK), ("eos", None, EOS), ("pad", None, EOS)):
+        if given is None and raw.get(f"{key}_token_id") is None:
+            if vocab != RELEASED_VOCABULARY:
+                remedy = "pass --mask-id" if key == "mask" else "add it to config.json"
+                raise CheckpointError(f"config.json has no {key}_token_id and the vocabulary is not LLaDA's; {remedy}")
+            given = table
+            assumed.append(f"{key}_token_id {table}: not in config.json, taken from the released LLaDA")
+        ids[key] = given if given is not None else read(raw, f"{key}_token_id", int)
+        if not 0 <= ids[key] < vocab:
+            raise CheckpointError(f"{key} token id {ids[key]} is outside the embedding table of {vocab} rows")
+    return SpecialTokens(**ids), tuple(assumed)
+
+
+def tensor_names(group_size: int) -> TensorNames:
+    """`ff_out` names both the MLP's down projection (in a block) and the head (outside)."""
+    prefix = (
+        "model.transformer.blocks.{layer}." if group_size == 1 else "model.transformer.block_groups.{group}.{member}."
+    )
+    slots = {
+        "norm1": "attn_norm.weight",
+        "q": "q_proj.weight",
+        "k": "k_proj.weight",
+        "v": "v_proj.weight",
+        "q_bias": "q_proj.bias",
+        "k_bias": "k_proj.bias",
+        "v_bias": "v_proj.bias",
+        "out": "attn_out.weight",
+        "norm2": "ff_norm.weight",
+        "gate": "ff_proj.weight",
+        "up": "up_proj.weight",
+        "down": "ff_out.weight",
+    }
+    return TensorNames(
+        embedding="model.transformer.wte.weight",
+        norm="model.transformer.ln_f.weight",
+        head="model.transformer.ff_out.weight",
+        layer={slot: prefix + name for slot, name in slots.items()},
+        group_size=group_size,
+    )
+
+
+LLADA = Family(name="llada", title="LLaDA-8B Base/Instruct, LLaDA-1.5", detect=detect, read_config=read_config)

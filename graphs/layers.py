@@ -1,0 +1,93 @@
+"""The few functions that all graphs share. Every one is pure and works on any `Ops`.
+
+Sources: the dense layer, RMSNorm order and RoPE pairing follow the published LLaDA modelling code; the row rules follow
+dLLM-Cache (arXiv 2506.06295), reduced to post-RoPE keys, values and one delta per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dllm_export.graphs.ops import Ops, T
+from dllm_export.graphs.shape import ModelShape
+
+
+def normalize(ops: Ops[T], x: T, weight: T, eps: float) -> T:  # [..., D] -> [..., D]
+    """RMSNorm: statistics in float32, back to the compute type, then the weight."""
+    with ops.scope("norm"):
+        wide = ops.widen(x)
+        wide = ops.mul(wide, ops.rsqrt(ops.mean(ops.mul(wide, wide)), eps))
+    return ops.mul(ops.narrow(wide, x), weight)
+
+
+def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N, heads, d], cos/sin [B, N, d/2]
+    """Rotary embedding, rotate-half pairing: dimension j turns with j + d/2."""
+    with ops.scope("rope"):
+        wide = ops.widen(x) if shape.rope_float32 else x
+        cos, sin = (ops.unsqueeze(ops.narrow(table, wide), 2) for table in (cos, sin))
+        half = shape.head_dim // 2
+        low, high = ops.split(wide, (half, half))
+        turned = ops.concat(
+            (
+                ops.sub(ops.mul(low, cos), ops.mul(high, sin)),
+                ops.add(ops.mul(high, cos), ops.mul(low, sin)),
+            )
+        )
+    return ops.narrow(turned, x)
+
+
+def put_rows(ops: Ops[T], rows: T, slot: T, fresh: T, cache: T) -> T:
+    """rows [B, Q, D] into cache [B, N, D]: row j is rows[slot[j]] where fresh[j], else the cached one.
+
+    Where + Gather and not ScatterND: a scatter costs 4 to 15 times as much on GPUs (docs/decisions.md).
+    """
+    return ops.where(ops.unsqueeze(fresh, 2), ops.take_rows(rows, slot), cache)
+
+
+def project_value(ops: Ops[T], x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, G*d]
+    value = ops.matmul(x, weights["v"])
+    return ops.add(value, weights["v_bias"]) if "v_bias" in weights else value
+
+
+def project_query_key(
+    ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T, weights: Mapping[str, T]
+) -> tuple[T, T]:  # normed [B, N, D] -> query [B, N, H, d], key [B, N, G*d], both rotated
+    both = ops.matmul(x, weights["qk"])
+    if "qk_bias" in weights:
+        both = ops.add(both, weights["qk_bias"])
+    query, key = ops.split(both, (shape.query_width, shape.key_width))
+    query = rotate(ops, shape, ops.split_heads(query, shape.heads, shape.head_dim), cos, sin)
+    key = rotate(ops, shape, ops.split_heads(key, shape.kv_heads, shape.head_dim), cos, sin)
+    return query, ops.merge_heads(key)
+
+
+def finish_rows(
+    ops: Ops[T], shape: ModelShape, hidden: T, query: T, key: T, value: T, mask: T, weights: Mapping[str, T]
+) -> T:
+    """Attention of the query rows over all keys, then the MLP on the same rows; returns their delta [B, Q, D].
+
+    hidden [B, Q, D] enters the layer; delta = attention output + MLP output, so the layer's result is hidden + delta.
+    """
+    key = ops.split_heads(key, shape.kv_heads, shape.head_dim)
+    value = ops.split_heads(value, shape.kv_heads, shape.head_dim)
+    with ops.scope("attention"):
+        mixed = ops.merge_heads(ops.attention(query, key, value, mask))
+    attended = ops.matmul(mixed, weights["out"])
+    inner = normalize(ops, ops.add(hidden, attended), weights["norm2"], shape.norm_eps)
+    gate, up = ops.split(ops.matmul(inner, weights["gate_up"]), (shape.mlp, shape.mlp))
+    return ops.add(attended, ops.matmul(ops.mul(ops.silu(gate), up), weights["down"]))
+
+
+UNCHANGED = 1e-6
+"""Drift that rounding alone can cause in float32. Less counts as none, so that rows that did not change tie on every
+provider and the leftmost is taken; a row that turned by 0.1 % is already above it."""
+
+
+def measure_drift(ops: Ops[T], new: T, old: T) -> T:  # [B, N, D] twice -> [B, N] float32
+    """max(0, 1 - cosine - UNCHANGED) of each row with its former self; a zero row has cosine 0 (dLLM-Cache's V-verify)."""
+    with ops.scope("drift"):
+        new, old = ops.widen(new), ops.widen(old)
+        dot = ops.sum(ops.mul(new, old), keep=False)
+        norms = ops.mul(ops.sum(ops.mul(new, new), keep=False), ops.sum(ops.mul(old, old), keep=False))
+        cosine = ops.mul(dot, ops.rsqrt(norms, 1e-16))
+        return ops.relu(ops.sub(ops.fill(cosine, 1.0 - UNCHANGED), cosine))

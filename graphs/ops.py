@@ -1,0 +1,126 @@
+"""The vocabulary in which every graph is written.
+
+A graph is one Python function over `Ops`. `TorchOps` (graphs/torch_ops.py) computes it eagerly: the reference.
+`OnnxOps` (exporter/onnx_ops.py) records it as ONNX nodes: the product. One definition, two readings, so a graph cannot
+drift from its reference, and the ONNX form holds only the operators that every TensorRT and ONNX Runtime release accepts.
+
+Shapes in comments use B batch, S sequence, X rows alive in a step, Q rows recomputed, N any row count, D width.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Ops(Protocol[T]):
+    """What a graph may do with tensors. Operands of a binary operation share one type: there is no promotion."""
+
+    def scope(self, name: str) -> AbstractContextManager[None]:
+        """Prefix for the names of the nodes made inside; builders pin precision by it."""
+        ...
+
+    # -- elementwise
+    def add(self, left: T, right: T) -> T: ...
+    def sub(self, left: T, right: T) -> T: ...
+    def mul(self, left: T, right: T) -> T: ...
+    def div(self, left: T, right: T) -> T: ...
+    def scale(self, x: T, factor: float) -> T:
+        """x * factor, with the factor in x's type."""
+        ...
+
+    def rsqrt(self, x: T, eps: float) -> T:
+        """1 / sqrt(x + eps)."""
+        ...
+
+    def silu(self, x: T) -> T: ...
+    def relu(self, x: T) -> T: ...
+    def exp(self, x: T) -> T: ...
+    def log(self, x: T) -> T: ...
+    def where(self, condition: T, chosen: T, other: T) -> T: ...
+    def both(self, left: T, right: T) -> T:
+        """Logical and of two bool tensors."""
+        ...
+
+    def matches(self, left: T, right: T) -> T:
+        """Elementwise equality of two int32 tensors, with broadcasting."""
+        ...
+
+    def fill(self, like: T, value: float) -> T:
+        """A scalar of `like`'s type, to broadcast."""
+        ...
+
+    # -- types
+    def widen(self, x: T) -> T:
+        """x in float32 (in float64 when x is float64)."""
+        ...
+
+    def narrow(self, x: T, like: T) -> T:
+        """x in the type of `like`."""
+        ...
+
+    # -- reductions over the last axis; `keep` leaves an axis of size 1
+    def mean(self, x: T) -> T: ...
+    def sum(self, x: T, *, keep: bool) -> T: ...
+    def max(self, x: T, *, keep: bool) -> T: ...
+    def any_last(self, x: T) -> T:
+        """Bool: is any element of the last axis true."""
+        ...
+
+    def argmax_last(self, x: T) -> T:
+        """int32: first position of a true element of a bool tensor's last axis."""
+        ...
+
+    def top(self, x: T, count: T | int) -> tuple[T, T]:
+        """Largest `count` values of the last axis, descending, and their int32 positions; ties go to the lowest position."""
+        ...
+
+    # -- layout
+    def matmul(self, x: T, weight: T) -> T: ...
+    def matmul_transposed(self, x: T, weight: T) -> T:
+        """x @ weight^T: the tied head."""
+        ...
+
+    def split(self, x: T, sizes: tuple[int, ...]) -> tuple[T, ...]:
+        """Pieces of the last axis."""
+        ...
+
+    def concat(self, pieces: tuple[T, ...]) -> T:
+        """Pieces joined along the last axis."""
+        ...
+
+    def split_heads(self, x: T, heads: int, width: int) -> T:
+        """[B, N, heads * width] -> [B, N, heads, width]."""
+        ...
+
+    def merge_heads(self, x: T) -> T:
+        """[B, N, heads, width] -> [B, N, heads * width]."""
+        ...
+
+    def unsqueeze(self, x: T, axis: int) -> T: ...
+    def column(self, x: T, index: int) -> T:
+        """x[..., index], the axis dropped."""
+        ...
+
+    def positions(self, x: T) -> T:
+        """int32 [N]: 0, 1, ... along axis 1 of x [B, N, ...]."""
+        ...
+
+    def take_rows(self, rows: T, index: T) -> T:
+        """rows [B, N, ...], index [B, Q] int32 -> [B, Q, ...]: rows of each sequence by position."""
+        ...
+
+    def lookup(self, table: T, index: T) -> T:
+        """table [V, D], index [B, N] int32 -> [B, N, D]."""
+        ...
+
+    # -- the one fused operation
+    def attention(self, query: T, key: T, value: T, mask: T) -> T:
+        """softmax(query key^T / sqrt(head_dim)) value, softmax in float32.
+
+        query [B, Q, H, d]; key, value [B, S, G, d] (head j reads group j // (H/G)); mask [B, S] bool, true where a key is
+        visible. Returns [B, Q, H, d].
+        """
+        ...

@@ -1,0 +1,146 @@
+"""The graphs. Each is a pure function of named tensors; names, dims and types stand in graphs/catalog.py.
+
+`t` holds inputs and weights by name; the result holds outputs by name. Caches come in and go out as tensors, so that a
+runtime may keep them in device memory and alternate between two copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dllm_export.graphs.layers import (
+    finish_rows,
+    measure_drift,
+    normalize,
+    project_query_key,
+    project_value,
+    put_rows,
+)
+from dllm_export.graphs.ops import Ops, T
+from dllm_export.graphs.shape import ModelShape
+
+FORCED_DRIFT = 4.0
+"""Drift is at most 2, so a row with this score is chosen before every other."""
+
+
+def embed(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """tokens -> hidden."""
+    hidden = ops.lookup(t["embedding"], t["tokens"])
+    return {"hidden_out": hidden if shape.embedding_scale == 1.0 else ops.scale(hidden, shape.embedding_scale)}
+
+
+def layer_full(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Every row of the sequence recomputed: keys, values and deltas of all S rows."""
+    hidden = t["hidden"]
+    inner = normalize(ops, hidden, t["norm1"], shape.norm_eps)
+    query, key = project_query_key(ops, shape, inner, t["cos"], t["sin"], t)
+    value = project_value(ops, inner, t)
+    delta = finish_rows(ops, shape, hidden, query, key, value, t["mask"], t)
+    return {"hidden_out": ops.add(hidden, delta), "key_out": key, "value_out": value, "delta_out": delta}
+
+
+def layer_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Q rows chosen by the host recomputed against the cached keys and values of the others.
+
+    `index` holds their positions; `slot` and `fresh` are its inverse: position j is fresh row slot[j] where fresh[j].
+    """
+    hidden = t["hidden"]
+    inner = normalize(ops, hidden, t["norm1"], shape.norm_eps)
+    cos, sin = ops.take_rows(t["cos"], t["index"]), ops.take_rows(t["sin"], t["index"])
+    query, key = project_query_key(ops, shape, inner, cos, sin, t)
+    key = put_rows(ops, key, t["slot"], t["fresh"], t["key"])
+    value = put_rows(ops, project_value(ops, inner, t), t["slot"], t["fresh"], t["value"])
+    delta = finish_rows(ops, shape, hidden, query, key, value, t["mask"], t)
+    return {"hidden_out": ops.add(hidden, delta), "key_out": key, "value_out": value, "delta_out": delta}
+
+
+def layer_adaptive(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """The layer itself picks `budget` of its X alive rows: the forced ones, then those whose value drifted most.
+
+    dLLM-Cache's V-verify (arXiv 2506.06295, section 3): values of all alive rows are projected and stored; queries, keys,
+    attention and MLP run for the picked rows only; the other rows advance by their cached delta. `index`, `slot`, `fresh`
+    place the alive rows in the sequence as in `layer_partial`; a row that is alive but not fresh keeps its cached value.
+    """
+    hidden, index = t["hidden"], t["index"]
+    inner = normalize(ops, hidden, t["norm1"], shape.norm_eps)
+    new_value = project_value(ops, inner, t)
+    drift = measure_drift(ops, new_value, ops.take_rows(t["value"], index))
+    value = put_rows(ops, new_value, t["slot"], t["fresh"], t["value"])
+
+    score = ops.where(t["forced"], ops.fill(drift, FORCED_DRIFT), drift)
+    _, picked = ops.top(score, t["budget"])  # [B, Q] places among the alive rows
+    hit = ops.matches(ops.unsqueeze(picked, 1), ops.unsqueeze(ops.unsqueeze(ops.positions(hidden), 0), 2))  # [B, X, Q]
+    chosen, rank = ops.any_last(hit), ops.argmax_last(hit)  # [B, X] each
+
+    position = ops.take_rows(index, picked)
+    cos, sin = ops.take_rows(t["cos"], position), ops.take_rows(t["sin"], position)
+    query, new_key = project_query_key(ops, shape, ops.take_rows(inner, picked), cos, sin, t)
+    fresh = ops.both(t["fresh"], ops.take_rows(chosen, t["slot"]))
+    key = put_rows(ops, new_key, ops.take_rows(rank, t["slot"]), fresh, t["key"])
+
+    new_delta = finish_rows(ops, shape, ops.take_rows(hidden, picked), query, key, value, t["mask"], t)
+    delta = put_rows(ops, new_delta, rank, chosen, t["delta"])
+    return {
+        "hidden_out": ops.add(hidden, delta),
+        "key_out": key,
+        "value_out": value,
+        "delta_out": delta,
+        "index_out": position,
+        "drift": drift,
+    }
+
+
+def layer_skip(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """No row recomputed: every alive row advances by its cached delta (update ratio 0)."""
+    return {"hidden_out": ops.add(t["hidden"], t["delta"])}
+
+
+def gather(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Rows of `hidden` by position: moves rows between the whole sequence and the response."""
+    return {"hidden_out": ops.take_rows(t["hidden"], t["index"])}
+
+
+def guidance(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Classifier-free guidance residual before the head: norm(conditional) - norm(unconditional).
+
+    The head is linear, so w * (logits_cond - logits_uncond) = (w * residual) @ head: D numbers a row instead of V.
+    """
+    conditional = normalize(ops, t["hidden"], t["norm"], shape.norm_eps)
+    return {"guidance_out": ops.sub(conditional, normalize(ops, t["unconditional"], t["norm"], shape.norm_eps))}
+
+
+def head(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
+    """Candidate rows to sampling statistics; [B, Q, V] logits never leave the graph.
+
+    `index` names the candidates among the alive rows; `bias` [V] is added to the logits (-1e30 bans a token);
+    `guidance` and `cfg_scale`, where given, add the guidance residual. Confidence, entropy (nats) and logsumexp are of
+    the softmax at temperature 1; margin is the probability gap of the two best tokens.
+    """
+    rows = normalize(ops, ops.take_rows(t["hidden"], t["index"]), t["norm"], shape.norm_eps)
+    if "guidance" in t:
+        rows = ops.add(rows, ops.mul(ops.take_rows(t["guidance"], t["index"]), t["cfg_scale"]))
+    logits = ops.matmul_transposed(rows, t["embedding"]) if shape.tied_head else ops.matmul(rows, t["head"])
+    with ops.scope("statistics"):
+        logits = ops.widen(logits)
+        if shape.logits_scale != 1.0:
+            logits = ops.scale(logits, shape.logits_scale)
+        logits = ops.add(logits, t["bias"])
+        top_logits, top_tokens = ops.top(logits, top)
+        shifted = ops.sub(logits, ops.max(logits, keep=True))
+        weights = ops.exp(shifted)
+        total = ops.sum(weights, keep=False)
+        log_total = ops.log(total)
+        best = ops.column(top_logits, 0)
+        logsumexp = ops.add(best, log_total)
+        confidence = ops.exp(ops.sub(best, logsumexp))
+        second = ops.exp(ops.sub(ops.column(top_logits, 1), logsumexp))
+        entropy = ops.sub(log_total, ops.div(ops.sum(ops.mul(weights, shifted), keep=False), total))
+    return {
+        "token": ops.column(top_tokens, 0),
+        "confidence": confidence,
+        "margin": ops.sub(confidence, second),
+        "entropy": entropy,
+        "top_tokens": top_tokens,
+        "top_logits": top_logits,
+        "logsumexp": logsumexp,
+    }

@@ -1,0 +1,137 @@
+"""Eager PyTorch reading of `Ops`: the reference that every engine is compared with. Imported on demand only."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+WIDE_ROW = 4096
+"""Longest axis that `top` sorts whole."""
+
+
+class TorchOps:
+    """Computes a graph eagerly; differentiable, so the training script runs the very graphs that are exported."""
+
+    def scope(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def add(self, left: Tensor, right: Tensor) -> Tensor:
+        return left + right
+
+    def sub(self, left: Tensor, right: Tensor) -> Tensor:
+        return left - right
+
+    def mul(self, left: Tensor, right: Tensor) -> Tensor:
+        return left * right
+
+    def div(self, left: Tensor, right: Tensor) -> Tensor:
+        return left / right
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def rsqrt(self, x: Tensor, eps: float) -> Tensor:
+        return torch.rsqrt(x + eps)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(x)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def exp(self, x: Tensor) -> Tensor:
+        return torch.exp(x)
+
+    def log(self, x: Tensor) -> Tensor:
+        return torch.log(x)
+
+    def where(self, condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+        return torch.where(condition, chosen, other)
+
+    def both(self, left: Tensor, right: Tensor) -> Tensor:
+        return left & right
+
+    def matches(self, left: Tensor, right: Tensor) -> Tensor:
+        return left == right
+
+    def fill(self, like: Tensor, value: float) -> Tensor:
+        return torch.full((), value, dtype=like.dtype, device=like.device)
+
+    def widen(self, x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+    def narrow(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.to(like.dtype)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x.mean(-1, keepdim=True)
+
+    def sum(self, x: Tensor, *, keep: bool) -> Tensor:
+        return x.sum(-1, keepdim=keep)
+
+    def max(self, x: Tensor, *, keep: bool) -> Tensor:
+        return x.amax(-1, keepdim=keep)
+
+    def any_last(self, x: Tensor) -> Tensor:
+        return x.any(-1)
+
+    def argmax_last(self, x: Tensor) -> Tensor:
+        return x.to(torch.int32).argmax(-1).to(torch.int32)
+
+    def top(self, x: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+        # torch.topk promises nothing about ties; ONNX TopK takes the lowest position first. A stable sort does too, but
+        # sorting a vocabulary takes longer than the model, so wide rows are cut down before they are sorted.
+        size = int(count)
+        if x.shape[-1] <= WIDE_ROW:
+            values, places = torch.sort(x, dim=-1, descending=True, stable=True)
+            return values[..., :size], places[..., :size].to(torch.int32)
+        places = torch.topk(x, size, dim=-1).indices.sort(dim=-1).values
+        values, order = torch.sort(x.gather(-1, places), dim=-1, descending=True, stable=True)
+        return values, places.gather(-1, order).to(torch.int32)
+
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight
+
+    def matmul_transposed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight)
+
+    def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return torch.split(x, list(sizes), dim=-1)
+
+    def concat(self, pieces: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(pieces, dim=-1)
+
+    def split_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
+        return x.view(*x.shape[:-1], heads, width)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        return x.flatten(-2)
+
+    def unsqueeze(self, x: Tensor, axis: int) -> Tensor:
+        return x.unsqueeze(axis)
+
+    def column(self, x: Tensor, index: int) -> Tensor:
+        return x[..., index]
+
+    def positions(self, x: Tensor) -> Tensor:
+        return torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+
+    def take_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        sequence = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+        return rows[sequence, index.long()]
+
+    def lookup(self, table: Tensor, index: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(index.long(), table)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask[:, None, None, :],
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return mixed.transpose(1, 2)

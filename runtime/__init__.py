@@ -1,0 +1,1 @@
+"""Runs a bundle: needs numpy and one provider, never torch, onnx or transformers."""

@@ -1,0 +1,127 @@
+"""Open a bundle: nothing in it is parsed or mapped before its size and digest match the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from dllm_export.errors import IntegrityError, UsageError
+from dllm_export.graphs import GraphSpec, graph_specs
+from dllm_export.runtime.manifest import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    WeightRecord,
+    decode_manifest,
+    tensor_records,
+)
+from dllm_export.runtime.safetensors_file import SafetensorsFile
+
+READ_SIZE = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A verified bundle directory."""
+
+    path: Path
+    manifest: Manifest
+    specs: dict[str, GraphSpec]
+    _weights: dict[str, SafetensorsFile] = field(default_factory=dict)
+
+    def file(self, relative: str) -> Path:
+        """The path of a file that the manifest lists."""
+        if not any(record.path == relative for record in self.manifest.files):
+            raise IntegrityError(f"{MANIFEST} refers to '{relative}' but does not list it; export again")
+        return self.path / relative
+
+    def graph_bytes(self, graph: str) -> bytes:
+        """The ONNX bytes of a graph with weights as inputs."""
+        return self._read_graph(graph, self.manifest.graphs[graph].file, 0)
+
+    def constant_graph_bytes(self, graph: str) -> bytes:
+        """The ONNX bytes of a graph with weights as initialisers, whose data the caller must give."""
+        file = self.manifest.graphs[graph].constant_file
+        if file is None:
+            raise IntegrityError(f"graph '{graph}' has no weights, so no constant form")
+        return self._read_graph(graph, file, len(self.specs[graph].weights))
+
+    def _read_graph(self, graph: str, file: str, references: int) -> bytes:
+        """Bytes of a graph with exactly this many references to data outside it."""
+        data = self.file(file).read_bytes()
+        if data.count(b"location") != references:
+            raise IntegrityError(f"{file}: the graph refers to data that graph '{graph}' does not have; export again")
+        return data
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all stored weights."""
+        files = {
+            record.file
+            for records in (*self.manifest.layer_bindings, self.manifest.model_bindings)
+            for record in records.values()
+        }
+        return sum(record.size for record in self.manifest.files if record.path in files)
+
+    def weight(self, record: WeightRecord) -> NDArray[Any]:
+        """A stored weight, mapped and not copied."""
+        if record.file not in self._weights:
+            self._weights[record.file] = SafetensorsFile(self.file(record.file))
+        tensors = self._weights[record.file]
+        if record.tensor not in tensors.tensors:
+            raise IntegrityError(f"{record.file} has no tensor '{record.tensor}'; export again")
+        return tensors.view(record.tensor)
+
+    def graph_weights(self, graph: str, layer: int | None) -> dict[str, NDArray[Any]]:
+        """The weights of a graph by input name; `layer` for the layer graphs."""
+        bindings = self.manifest.model_bindings if layer is None else self.manifest.layer_bindings[layer]
+        return {spec.name: self.weight(bindings[spec.name]) for spec in self.specs[graph].weights}
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """A verified bundle, or IntegrityError (damaged), IncompatibleError (format) or UsageError (no bundle there)."""
+    root = Path(path)
+    if not (root / MANIFEST).is_file():
+        remedy = "make one with 'dllm-export export MODEL -o BUNDLE'"
+        raise UsageError(f"{root} is not a bundle: it has no {MANIFEST}; {remedy}")
+    manifest = decode_manifest((root / MANIFEST).read_bytes())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(partial(verify_file, root), manifest.files))
+    specs = dict(graph_specs(manifest.shape))
+    for name, record in manifest.graphs.items():
+        spec = specs.get(name)
+        signature = (record.inputs, record.weights, record.outputs)
+        if spec is None or signature != tuple(map(tensor_records, (spec.inputs, spec.weights, spec.outputs))):
+            raise IntegrityError(f"graph '{name}' does not have the signature this version runs; export again")
+    return Bundle(root, manifest, specs)
+
+
+def verify_file(root: Path, record: FileRecord) -> None:
+    """Refuse a file that is missing, a link, or not the bytes that the manifest states."""
+    path = root
+    for part in record.path.split("/"):
+        path = path / part
+        if path.is_symlink():
+            raise IntegrityError(f"{record.path} goes through a symbolic link; a bundle holds plain files only")
+    if not path.is_file():
+        raise IntegrityError(f"{record.path} is missing from the bundle; export again")
+    if path.stat().st_size != record.size:
+        raise IntegrityError(f"{record.path} has {path.stat().st_size} bytes, expected {record.size}; export again")
+    if file_digest(path) != record.sha256:
+        raise IntegrityError(f"{record.path} was changed after the export (its sha256 differs); export again")
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_SIZE):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,231 @@
+"""The step loop: plan -> run -> sample -> commit -> yield a frame."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.errors import DllmExportError
+from dllm_export.graphs import ModelShape
+from dllm_export.graphs.families import SpecialTokens
+from dllm_export.runtime.head import Candidates, Head, bucket
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies.policy import CachePolicy, StepKind, StepPlan, StepState
+from dllm_export.runtime.request import Request
+from dllm_export.runtime.rope import rotary_tables
+from dllm_export.runtime.sampler import commit, propose
+from dllm_export.runtime.schedule import commit_counts
+from dllm_export.runtime.session import Program, Session
+from dllm_export.runtime.trunk import RequestShape, Trunk
+
+GUIDANCE_WARMUP = 5
+"""The guidance residual is fresh in the first steps whatever the interval (dLLM-Cache's released code)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The canvas after one step. Arrays are copies: a caller may keep them."""
+
+    step: int
+    steps: int
+    block: int
+    kind: StepKind
+    tokens: NDArray[np.int32]  # [B, R] response, mask id where undecided
+    committed: NDArray[np.bool_]  # [B, R] decided in this step
+    confidence: NDArray[np.float64]  # [B, R] of the rows decided so far, nan elsewhere
+    recomputed: NDArray[np.bool_] | None  # [B, R] rows the last layer recomputed, where asked for
+    passes: int
+    """Forward passes so far; guidance adds its own."""
+    engine_seconds: float
+    """Time of this step inside the provider."""
+    seconds: float
+    """Time of this step in all."""
+
+
+class Workspace:
+    """Buffers and prepared programs of one request shape; reused by every request of that shape."""
+
+    def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
+        self.request = request
+        self.conditional = Trunk(session, shape, request)
+        self.head = Head(session, shape, request)
+        self._unconditional: Trunk | None = None
+        self._session, self._shape = session, shape
+
+    @property
+    def unconditional(self) -> Trunk:
+        """The second pass of classifier-free guidance, with caches of its own."""
+        if self._unconditional is None:
+            self._unconditional = Trunk(self._session, self._shape, self.request)
+        return self._unconditional
+
+
+@dataclass(slots=True)
+class Clock:
+    """Adds up the time spent inside a provider."""
+
+    seconds: float = 0.0
+
+    def run(self, program: Program) -> None:
+        """Run a program and count its time."""
+        start = time.perf_counter()
+        program()
+        self.seconds += time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class Denoiser:
+    """One request on its way through the loop."""
+
+    workspace: Workspace
+    shape: ModelShape
+    special: SpecialTokens
+    request: Request
+    options: GenerationOptions
+    policy: CachePolicy
+    watch: bool = False
+    _canvas: NDArray[np.int32] = field(init=False)
+    _confidence: NDArray[np.float64] = field(init=False)
+    _rngs: list[np.random.Generator] = field(init=False)
+    _given: NDArray[np.bool_] = field(init=False)
+    _clock: Clock = field(init=False, default_factory=Clock)
+    _passes: int = field(init=False, default=0)
+    _unconditional_steps: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self._canvas = request.canvas.copy()
+        self._confidence = np.full((request.shape.batch, request.shape.response_rows), np.nan)
+        self._rngs = [np.random.default_rng(self.options.seed + row) for row in range(request.shape.batch)]
+        columns = np.arange(request.shape.length)
+        visible = columns[None, :] >= request.padding[:, None]
+        self._given = visible & (request.canvas != self.special.mask)
+        positions = np.maximum(columns[None, :] - request.padding[:, None], 0)
+        cos, sin = rotary_tables(self.shape, positions)
+        for trunk in (self.workspace.conditional, *((self.workspace.unconditional,) if self._guided else ())):
+            trunk.start(cos, sin, visible)
+        self.workspace.head.set_guidance_scale(self.options.cfg_scale)
+
+    @property
+    def _guided(self) -> bool:
+        return self.options.cfg_scale > 0
+
+    def frames(self) -> Iterator[Frame]:
+        """Denoise block after block, one frame a step."""
+        schedule = self.request.schedule
+        step = 0
+        for block in range(schedule.blocks):
+            end = (block + 1) * schedule.block_length
+            counts = commit_counts(self._masked(end).sum(1), schedule.steps_per_block)
+            for quota in counts.T:
+                step += 1
+                yield self._step(step, block, end, quota)
+
+    def _step(self, step: int, block: int, end: int, quota: NDArray[np.int64]) -> Frame:
+        start, before = time.perf_counter(), self._clock.seconds
+        plan = self._forward(step)
+        committed = self._sample(end, quota)
+        response = self._response()
+        recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
+        return Frame(
+            step=step,
+            steps=self.request.schedule.steps,
+            block=block,
+            kind=plan.kind,
+            tokens=response.copy(),
+            committed=committed,
+            confidence=self._confidence.copy(),
+            recomputed=recomputed,
+            passes=self._passes,
+            engine_seconds=self._clock.seconds - before,
+            seconds=time.perf_counter() - start,
+        )
+
+    # -- run
+    def _forward(self, step: int) -> StepPlan:
+        plan = self._run_trunk(self.workspace.conditional, self._canvas, step)
+        due = (step - 1) % self.options.cfg_interval == 0 or step <= GUIDANCE_WARMUP
+        if self._guided and due:
+            # The schedule of the unconditional caches counts unconditional passes only.
+            self._unconditional_steps += 1
+            blank = np.where(self._given, np.int32(self.special.mask), self._canvas)
+            self._run_trunk(self.workspace.unconditional, blank, self._unconditional_steps)
+            hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
+            self._clock.run(self.workspace.head.prepare_guidance(*hidden))
+        return plan
+
+    def _run_trunk(self, trunk: Trunk, canvas: NDArray[np.int32], step: int) -> StepPlan:
+        request = self.request.shape
+        state = StepState(
+            step=step, layers=self.shape.layers, prompt_rows=request.prompt_rows, response_rows=request.response_rows
+        )
+        plan = self.policy.plan(state)
+        self._clock.run(trunk.prepare(plan, canvas))
+        self._passes += 1
+        return plan
+
+    # -- sample and commit
+    def _sample(self, end: int, quota: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Commit the step's quota among the masked rows before `end`; returns what was committed [B, R]."""
+        masked = self._masked(end)
+        committed = np.zeros(self._response().shape, np.bool_)
+        counts = masked.sum(1)
+        if not counts.any():
+            return committed
+        size = bucket(int(counts.max()), self.request.schedule.block_length)
+        index = np.zeros((len(counts), size), np.int32)
+        rows = [np.flatnonzero(mask) for mask in masked]
+        for sequence, places in enumerate(rows):
+            index[sequence, : len(places)] = places
+        # The mask token is never a proposal: committed, it would leave a hole (docs/decisions.md).
+        banned = frozenset({self.special.mask, *((self.special.eos,) if self.options.logits_eos_inf else ())})
+        candidates = self._candidates(index, banned)
+        last = self._ranked_last()
+        ranking_total = self._candidates(index, banned | last).logsumexp if last else None
+        for sequence, places in enumerate(rows):
+            rng = self._rngs[sequence]
+            proposal = propose(
+                candidates,
+                sequence,
+                len(places),
+                temperature=self.options.temperature,
+                rng=rng,
+                ranking_logsumexp=ranking_total,
+                ranked_last=last,
+            )
+            ranking = rng.random(len(places)) if self.options.remasking == "random" else proposal.confidence
+            chosen = commit(ranking, int(quota[sequence]))
+            self._response()[sequence, places[chosen]] = proposal.tokens[chosen]
+            self._confidence[sequence, places[chosen]] = proposal.confidence[chosen]
+            committed[sequence, places[chosen]] = True
+        return committed
+
+    def _candidates(self, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
+        head, hidden = self.workspace.head, self.workspace.conditional.hidden
+        self._clock.run(head.prepare(hidden, index, banned, guided=self._guided))
+        candidates = head.read(index.shape[1])
+        if not np.isfinite(candidates.logsumexp).all():
+            raise DllmExportError(
+                "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
+            )
+        return candidates
+
+    def _ranked_last(self) -> frozenset[int]:
+        if not self.options.confidence_eos_eot_inf:
+            return frozenset()
+        ends = (self.special.eos, self.special.end_of_turn)
+        return frozenset(token for token in ends if token is not None)
+
+    def _response(self) -> NDArray[np.int32]:
+        """View of the response rows of the canvas."""
+        return self._canvas[:, self.request.shape.prompt_rows :]
+
+    def _masked(self, end: int) -> NDArray[np.bool_]:
+        """Undecided response rows before row `end` [B, R]."""
+        masked: NDArray[np.bool_] = np.equal(self._response(), self.special.mask)
+        masked[:, end:] = False
+        return masked

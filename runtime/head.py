@@ -1,0 +1,109 @@
+"""The head on candidate rows: sampling statistics on the host, logits never."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.graphs import TOP_TOKENS, ModelShape, TensorType
+from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
+from dllm_export.runtime.trunk import RequestShape
+
+BANNED = -1e30
+"""Logit bias of a token that must not be chosen; its probability is exactly 0 in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Statistics of the candidate rows; K is the number of tokens the head returns, most likely first."""
+
+    top_tokens: NDArray[np.int32]  # [B, Q, K]
+    top_logits: NDArray[np.float32]  # [B, Q, K]
+    logsumexp: NDArray[np.float32]  # [B, Q]
+
+
+class Head:
+    """Runs `head`, or `head_guided` where a guidance residual is given, on rows of the response."""
+
+    def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
+        self._session, self._shape, self._request = session, shape, request
+        self._top = min(TOP_TOKENS, shape.vocab)
+        self._buffers: dict[tuple[str, int], Buffer] = {}
+        self._programs: dict[tuple[int, int, bool, frozenset[int]], Program] = {}
+        self._bias: dict[frozenset[int], Buffer] = {}
+        dims = (request.batch, request.response_rows, shape.hidden)
+        self.guidance = session.allocate(dims, "compute")
+        self._scale = session.allocate((1,), "compute")
+
+    def set_guidance_scale(self, scale: float) -> None:
+        """The guidance scale of the next runs."""
+        self._scale.write(np.array([scale], np.float32))
+
+    def prepare(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int], *, guided: bool) -> Program:
+        """The program for candidate rows `index` [B, Q] of `hidden` [B, R, D]; `banned` tokens are never proposed."""
+        count = index.shape[1]
+        self._output("index", count).write(index)
+        key = (id(hidden), count, guided, banned)
+        if key not in self._programs:
+            tensors = {
+                "hidden": hidden,
+                "bias": self._bias_buffer(banned),
+                **{
+                    name: self._output(name, count)
+                    for name in (
+                        "index",
+                        "token",
+                        "confidence",
+                        "margin",
+                        "entropy",
+                        "top_tokens",
+                        "top_logits",
+                        "logsumexp",
+                    )
+                },
+            }
+            if guided:
+                tensors |= {"guidance": self.guidance, "cfg_scale": self._scale}
+            call = GraphCall("head_guided" if guided else "head", None, tensors)
+            self._programs[key] = self._session.prepare([call])
+        return self._programs[key]
+
+    def prepare_guidance(self, conditional: Buffer, unconditional: Buffer) -> Program:
+        """The program that refreshes the guidance residual."""
+        key = (id(conditional), id(unconditional), True, frozenset({-1}))
+        if key not in self._programs:
+            tensors = {"hidden": conditional, "unconditional": unconditional, "guidance_out": self.guidance}
+            self._programs[key] = self._session.prepare([GraphCall("guidance", None, tensors)])
+        return self._programs[key]
+
+    def read(self, count: int) -> Candidates:
+        """The statistics of the last run with this many candidate rows."""
+        return Candidates(
+            self._output("top_tokens", count).read(),
+            self._output("top_logits", count).read(),
+            self._output("logsumexp", count).read(),
+        )
+
+    def _output(self, name: str, count: int) -> Buffer:
+        if (name, count) not in self._buffers:
+            dims: tuple[int, ...] = (self._request.batch, count)
+            if name in ("top_tokens", "top_logits"):
+                dims = (*dims, self._top)
+            type: TensorType = "int32" if name in ("index", "token", "top_tokens") else "float32"
+            self._buffers[name, count] = self._session.allocate(dims, type)
+        return self._buffers[name, count]
+
+    def _bias_buffer(self, banned: frozenset[int]) -> Buffer:
+        if banned not in self._bias:
+            bias = np.zeros(self._shape.vocab, np.float32)
+            bias[list(banned)] = BANNED
+            self._bias[banned] = self._session.allocate((self._shape.vocab,), "float32")
+            self._bias[banned].write(bias)
+        return self._bias[banned]
+
+
+def bucket(count: int, largest: int) -> int:
+    """Candidate rows are padded to a power of two, so that few programs serve all steps."""
+    return min(largest, 1 << max(count - 1, 0).bit_length())

@@ -1,0 +1,161 @@
+"""The front door for Python: open a bundle, generate, stream, infill."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dllm_export.errors import UsageError
+from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.generate import Denoiser, Frame, Workspace
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import CachePolicy, NoCache
+from dllm_export.runtime.request import Request, continuation, infilling
+from dllm_export.runtime.session import Session, SessionOptions, open_session
+from dllm_export.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """The result of one sequence. Times and passes are those of its whole batch."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """The response's ids, all R of them."""
+    confidence: tuple[float, ...]
+    """Probability of each token when it was committed; nan for given text."""
+    finish_reason: str
+    """`stop` if an end-of-text token was generated, else `length`."""
+    passes: int
+    """Forward passes (NFE) of the request."""
+    steps_by_kind: dict[str, int]
+    seconds: float
+    engine_seconds: float
+
+    @property
+    def partial_share(self) -> float:
+        """Share of steps that did not recompute everything."""
+        return 1 - self.steps_by_kind.get("full", 0) / sum(self.steps_by_kind.values())
+
+
+class DiffusionLM:
+    """A bundle opened on one provider. A context manager; one generation at a time."""
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        self.bundle, self.session = bundle, session
+        manifest = bundle.manifest
+        self._workspace: Workspace | None = None
+        self.tokenizer: Tokenizer | None = None
+        if manifest.tokenizer is not None:
+            record = manifest.tokenizer
+            self.tokenizer = Tokenizer(bundle.file(record.file), record.chat_template, record.bos)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        options: SessionOptions = SessionOptions(),
+    ) -> DiffusionLM:
+        """Open and verify a bundle directory."""
+        bundle = open_bundle(path)
+        return cls(bundle, open_session(bundle, options))
+
+    def __enter__(self) -> DiffusionLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the provider's memory."""
+        self._workspace = None
+        self.session.close()
+
+    # -- requests
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt, with the chat template where asked for."""
+        if self.tokenizer is None:
+            raise UsageError("this bundle has no tokenizer: pass token ids instead of text")
+        return self.tokenizer.encode(self.tokenizer.chat(text) if chat else text)
+
+    def continuation(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Request:
+        """Checked request: token ids of prompts, each followed by masks."""
+        manifest = self.bundle.manifest
+        return continuation(prompts, options, manifest.shape, manifest.tokens, manifest.sampler)
+
+    def infilling(self, canvases: Sequence[Sequence[int]], options: GenerationOptions) -> Request:
+        """Checked request: token ids with mask ids anywhere."""
+        return infilling(canvases, options, self.bundle.manifest.shape, self.bundle.manifest.tokens)
+
+    def stream(
+        self,
+        request: Request,
+        options: GenerationOptions = GenerationOptions(),
+        policy: CachePolicy = NoCache(),
+        *,
+        watch: bool = False,
+    ) -> Iterator[Frame]:
+        """One frame per denoising step; stop iterating to cancel."""
+        if self._workspace is None or self._workspace.request != request.shape:
+            self._workspace = Workspace(self.session, self.bundle.manifest.shape, request.shape)
+        manifest = self.bundle.manifest
+        denoiser = Denoiser(self._workspace, manifest.shape, manifest.tokens, request, options, policy, watch)
+        return denoiser.frames()
+
+    def run(
+        self,
+        request: Request,
+        options: GenerationOptions = GenerationOptions(),
+        policy: CachePolicy = NoCache(),
+    ) -> list[Generation]:
+        """Denoise a request to its end."""
+        start = time.perf_counter()
+        frames = list(self.stream(request, options, policy))
+        return self.summarize(frames, time.perf_counter() - start)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        options: GenerationOptions = GenerationOptions(),
+        policy: CachePolicy = NoCache(),
+    ) -> list[Generation]:
+        """Continue every prompt."""
+        request = self.continuation([self.encode(prompt) for prompt in prompts], options)
+        return self.run(request, options, policy)
+
+    def infill(
+        self,
+        texts: Sequence[str],
+        options: GenerationOptions = GenerationOptions(),
+        policy: CachePolicy = NoCache(),
+    ) -> list[Generation]:
+        """Fill the mask tokens in every text; the result's tokens start at the first mask."""
+        request = self.infilling([self.encode(text) for text in texts], options)
+        return self.run(request, options, policy)
+
+    def summarize(self, frames: Sequence[Frame], seconds: float) -> list[Generation]:
+        """The finished frames of a request as one result per sequence."""
+        last, special = frames[-1], self.bundle.manifest.tokens
+        stops = {special.eos, special.end_of_turn} - {None}
+        results = []
+        for tokens, confidence in zip(last.tokens, last.confidence, strict=True):
+            ends = np.flatnonzero(np.isin(tokens, [int(stop) for stop in stops if stop is not None]))
+            kept = tokens[: ends[0]] if len(ends) else tokens
+            results.append(
+                Generation(
+                    text=self.tokenizer.decode(kept.tolist()) if self.tokenizer else "",
+                    tokens=tuple(tokens.tolist()),
+                    confidence=tuple(confidence.tolist()),
+                    finish_reason="stop" if len(ends) else "length",
+                    passes=last.passes,
+                    steps_by_kind=dict(Counter(frame.kind for frame in frames)),
+                    seconds=seconds,
+                    engine_seconds=sum(frame.engine_seconds for frame in frames),
+                )
+            )
+        return results

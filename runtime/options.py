@@ -1,0 +1,51 @@
+"""Every option of a generation, declared once: the CLI makes its flags from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dllm_export.errors import UsageError
+from dllm_export.graphs.families import Remasking
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """How to denoise. None means the default that the bundle's family records."""
+
+    steps: int | None = option(None, "denoising steps over all blocks; default: one token per step")
+    gen_length: int | None = option(None, "tokens to generate")
+    block_length: int | None = option(None, "semi-autoregressive block; must divide gen-length; default: gen-length")
+    temperature: float = option(0.0, "0 takes the most likely token; above 0 samples (seeded)")
+    cfg_scale: float = option(0.0, "classifier-free guidance scale; above 0 runs a second, unconditional pass")
+    cfg_interval: int = option(1, "steps between refreshes of the guidance residual (always fresh in steps 1 to 5)")
+    remasking: Remasking = option(  # noqa: RUF009 (a field declaration; the rule knows it only from other files)
+        "low_confidence", "which candidates to commit", choices=("low_confidence", "random")
+    )
+    logits_eos_inf: bool = option(False, "never choose the end-of-text token")
+    confidence_eos_eot_inf: bool = option(False, "commit end-of-text and end-of-turn tokens last")
+    seed: int = option(0, "sequence i of a batch draws from seed + i")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "gen_length", "block_length", "cfg_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{flag(name)} is {value}, expected at least 1")
+        for name in ("temperature", "cfg_scale"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise UsageError(f"{flag(name)} is {value}, expected a number from 0 up")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}, expected 0 or more")
+        if self.remasking not in ("low_confidence", "random"):
+            raise UsageError(f"--remasking is {self.remasking!r}, expected low_confidence or random")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,19 @@
+"""No cache: every row of every layer on every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dllm_export.runtime.policies.policy import LayerPlan, StepPlan, StepState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoCache:
+    """The baseline that every policy is compared with."""
+
+    name: ClassVar[str] = "none"
+
+    def plan(self, state: StepState) -> StepPlan:
+        layers = (LayerPlan("layer_full"),) * state.layers
+        return StepPlan(kind="full", alive="sequence", layers=layers, keep_delta=False)

@@ -1,0 +1,89 @@
+"""Token lists -> a checked canvas with masks to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.errors import UsageError
+from dllm_export.graphs import ModelShape
+from dllm_export.graphs.families import SamplerDefaults, SpecialTokens
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.schedule import Schedule, make_schedule
+from dllm_export.runtime.trunk import RequestShape
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Left-padded canvases and how to fill them. The response starts at the same column in every sequence."""
+
+    canvas: NDArray[np.int32]  # [B, S]
+    padding: NDArray[np.int64]  # [B] pad rows on the left
+    shape: RequestShape
+    schedule: Schedule
+
+
+def continuation(
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    shape: ModelShape,
+    tokens: SpecialTokens,
+    sampler: SamplerDefaults,
+) -> Request:
+    """Prompts followed by masks."""
+    length = options.gen_length or sampler.gen_length
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise UsageError(f"prompt {number} is empty; a diffusion LLM needs at least one token to condition on")
+        if tokens.mask in prompt:
+            raise UsageError(
+                f"prompt {number} holds the mask token, which is what gets generated; use infilling for it"
+            )
+    canvases = [[*prompt, *[tokens.mask] * length] for prompt in prompts]
+    block = options.block_length or (length if options.gen_length else min(sampler.block_length, length))
+    schedule = make_schedule(length, block, options.steps or length)
+    return make_request(canvases, schedule, shape, tokens)
+
+
+def infilling(
+    canvases: Sequence[Sequence[int]], options: GenerationOptions, shape: ModelShape, tokens: SpecialTokens
+) -> Request:
+    """Canvases with masks anywhere. Rows from the first mask of any sequence on are treated as response."""
+    for number, canvas in enumerate(canvases):
+        if tokens.mask not in canvas:
+            raise UsageError(f"text {number} holds no mask token, so there is nothing to fill in")
+    if options.gen_length or options.block_length:
+        raise UsageError("--gen-length and --block-length do not apply to infilling: the masks in the text decide")
+    masks = max(list(canvas).count(tokens.mask) for canvas in canvases)
+    steps = min(options.steps or masks, masks)
+    tail = max(len(canvas) - list(canvas).index(tokens.mask) for canvas in canvases)
+    return make_request(canvases, make_schedule(tail, tail, steps), shape, tokens)
+
+
+def make_request(
+    canvases: Sequence[Sequence[int]], schedule: Schedule, shape: ModelShape, tokens: SpecialTokens
+) -> Request:
+    """Left-pad to one length and check it."""
+    if not canvases:
+        raise UsageError("no prompt was given")
+    width = max(len(canvas) for canvas in canvases)
+    if width > shape.max_length:
+        raise UsageError(
+            f"{width - schedule.gen_length} prompt tokens and {schedule.gen_length} to generate make {width}, but the model "
+            f"was trained for {shape.max_length}: shorten the prompt or lower --gen-length"
+        )
+    canvas = np.full((len(canvases), width), tokens.pad, np.int32)
+    for row, ids in enumerate(canvases):
+        if min(ids) < 0 or max(ids) >= shape.vocab:
+            raise UsageError(
+                f"prompt {row} holds a token id outside 0..{shape.vocab - 1}; it was made by another tokenizer"
+            )
+        canvas[row, width - len(ids) :] = ids
+    padding = np.array([width - len(ids) for ids in canvases], np.int64)
+    request = RequestShape(
+        batch=len(canvases), prompt_rows=width - schedule.gen_length, response_rows=schedule.gen_length
+    )
+    return Request(canvas, padding, request, schedule)

@@ -1,0 +1,59 @@
+"""From head statistics to committed tokens, on the host with seeded generators.
+
+Source: the LLaDA sampling loop (arXiv 2502.09992): propose a token per candidate row, rank rows by confidence, commit the
+quota of the step. Committed tokens never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.runtime.head import Candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A token and its confidence for every candidate row of one sequence."""
+
+    tokens: NDArray[np.int32]  # [n]
+    confidence: NDArray[np.float64]  # [n]
+
+
+def propose(
+    candidates: Candidates,
+    sequence: int,
+    count: int,
+    *,
+    temperature: float,
+    rng: np.random.Generator,
+    ranking_logsumexp: NDArray[np.float32] | None = None,
+    ranked_last: frozenset[int] = frozenset(),
+) -> Proposal:
+    """Token choice and softmax confidence of the first `count` candidates of a sequence.
+
+    Temperature T > 0 takes argmax(logit - T log(-log u)) in float64, which samples from softmax(logit / T) over the
+    tokens the head returned. `ranking_logsumexp` [B, Q] normalises the confidence instead of the head's own, and
+    `ranked_last` tokens get confidence 0: the end-of-text option.
+    """
+    tokens = candidates.top_tokens[sequence, :count]
+    logits = candidates.top_logits[sequence, :count].astype(np.float64)
+    if temperature > 0:
+        noise = rng.random(logits.shape)
+        choice = np.argmax(logits - temperature * np.log(-np.log(np.maximum(noise, np.finfo(np.float64).tiny))), axis=1)
+    else:
+        choice = np.zeros(count, np.int64)
+    rows = np.arange(count)
+    total = (candidates.logsumexp if ranking_logsumexp is None else ranking_logsumexp)[sequence, :count]
+    chosen = tokens[rows, choice]
+    confidence = np.exp(logits[rows, choice] - total.astype(np.float64))
+    if ranked_last:
+        confidence[np.isin(chosen, list(ranked_last))] = 0.0
+    return Proposal(chosen, confidence)
+
+
+def commit(ranking: NDArray[np.float64], quota: int) -> NDArray[np.int64]:
+    """Places of the `quota` best-ranked candidates; ties go to the leftmost row."""
+    return np.argsort(-ranking, kind="stable")[:quota]

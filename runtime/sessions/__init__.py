@@ -1,0 +1,1 @@
+"""One file per provider, each imported on demand by `open_session`."""

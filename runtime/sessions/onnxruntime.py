@@ -1,0 +1,155 @@
+"""ONNX Runtime, CPU and CUDA through one path: every input, output and weight is bound to memory that we own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from dllm_export.errors import IncompatibleError
+from dllm_export.graphs import TensorType
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.session import GraphCall, Program, SessionOptions
+
+# ONNX element types, for the one type that numpy lacks.
+BFLOAT16 = 16
+NUMPY_TYPES: Mapping[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int32": np.int32,
+    "int64": np.int64,
+    "bool": np.bool_,
+}
+
+PREPACK_LIMIT = 10**9
+"""Bytes of weights up to which `auto` prepacks."""
+
+
+class OrtBuffer:
+    """An OrtValue as a Buffer; on the CPU it is a view of a numpy array."""
+
+    def __init__(self, host: NDArray[Any], device: str, *, bfloat16: bool) -> None:
+        self._host, self._device, self._bfloat16 = host, device, bfloat16
+        if bfloat16:
+            self.value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(host, BFLOAT16)
+        else:
+            self.value = ort.OrtValue.ortvalue_from_numpy(host, device)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self._host.shape
+
+    def write(self, array: NDArray[Any]) -> None:
+        np.copyto(self._host, array.astype(ml_dtypes.bfloat16).view(np.uint16) if self._bfloat16 else array)
+        if self._device != "cpu":
+            self.value.update_inplace(self._host)
+
+    def read(self) -> NDArray[Any]:
+        host: NDArray[Any] = self.value.numpy() if self._device != "cpu" else self._host.copy()
+        return host.view(ml_dtypes.bfloat16).astype(np.float32) if self._bfloat16 else host
+
+
+class OnnxRuntimeSession:
+    """Bound weights: one inference session per graph kind serves all layers. Prepacked: one per graph and layer."""
+
+    provider = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+        wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[options.device]
+        if wanted not in ort.get_available_providers():
+            raise IncompatibleError(
+                "--device cuda: this onnxruntime has no CUDA provider: pip install 'dllm-export[onnxruntime-gpu]'"
+            )
+        if bundle.manifest.dtype == "bfloat16" and options.device == "cpu":
+            raise IncompatibleError(
+                "onnxruntime has no bfloat16 kernels on the CPU: export with --dtype float32, or use --provider torch"
+            )
+        self._bundle, self._device, self._provider = bundle, options.device, wanted
+        self._threads = options.threads or os.cpu_count() or 1
+        small = bundle.weight_bytes <= PREPACK_LIMIT
+        self._prepack = options.device == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))
+        self._sessions: dict[tuple[str, int | None], ort.InferenceSession] = {}
+        self._weights: dict[int, ort.OrtValue] = {}
+
+    def __enter__(self) -> OnnxRuntimeSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._sessions.clear()
+        self._weights.clear()
+
+    def allocate(self, dims: tuple[int, ...], type: TensorType) -> OrtBuffer:
+        name = self._bundle.manifest.dtype if type == "compute" else type
+        return OrtBuffer(np.zeros(dims, NUMPY_TYPES[name]), self._device, bfloat16=name == "bfloat16")
+
+    def prepare(self, calls: Sequence[GraphCall]) -> Program:
+        runs = [self._bind(call) for call in calls]
+
+        def run() -> None:
+            for session, binding in runs:
+                session.run_with_iobinding(binding)
+
+        return run
+
+    def _bind(self, call: GraphCall) -> tuple[ort.InferenceSession, ort.IOBinding]:
+        spec, weights = self._bundle.specs[call.graph], self._graph_weights(call)
+        session = self._open_prepacked(call, weights) if self._prepack and weights else self._open_bound(call.graph)
+        binding = session.io_binding()
+        for tensor in spec.inputs:
+            binding.bind_ortvalue_input(tensor.name, self._value(call, tensor.name))
+        for tensor in spec.outputs:
+            if tensor.name in call.tensors:
+                binding.bind_ortvalue_output(tensor.name, self._value(call, tensor.name))
+        for name, value in {} if self._prepack else weights.items():
+            binding.bind_ortvalue_input(name, value)
+        return session, binding
+
+    def _value(self, call: GraphCall, name: str) -> ort.OrtValue:
+        buffer = call.tensors[name]
+        assert isinstance(buffer, OrtBuffer)
+        return buffer.value
+
+    def _open_bound(self, graph: str) -> ort.InferenceSession:
+        if (graph, None) not in self._sessions:
+            self._sessions[graph, None] = self._open(self._bundle.graph_bytes(graph), {})
+        return self._sessions[graph, None]
+
+    def _open_prepacked(self, call: GraphCall, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
+        key = (call.graph, call.layer)
+        if key not in self._sessions:
+            self._sessions[key] = self._open(self._bundle.constant_graph_bytes(call.graph), weights)
+        return self._sessions[key]
+
+    def _open(self, data: bytes, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Each session has its own thread pool; one that went on spinning would take the cores from the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if weights:
+            options.add_external_initializers(list(weights), list(weights.values()))
+        return ort.InferenceSession(data, options, providers=[self._provider])
+
+    def _graph_weights(self, call: GraphCall) -> dict[str, ort.OrtValue]:
+        """One OrtValue per stored tensor, over the mapped file on the CPU."""
+        layer = call.layer if call.graph.startswith("layer_") else None
+        arrays = self._bundle.graph_weights(call.graph, layer)
+        return {name: self._share(array) for name, array in arrays.items()}
+
+    def _share(self, array: NDArray[Any]) -> ort.OrtValue:
+        address = array.__array_interface__["data"][0]
+        if address not in self._weights:
+            bfloat16 = str(array.dtype) == "bfloat16"
+            host = array.view(np.uint16) if bfloat16 else array
+            self._weights[address] = OrtBuffer(host, self._device, bfloat16=bfloat16).value
+        return self._weights[address]

@@ -1,0 +1,88 @@
+"""Tiny seeded LLaDA models that several test folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm_export.exporter.pipeline import ExportOptions, export
+from dllm_export.graphs import ModelShape
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.session import SessionOptions, open_session
+from dllm_export.runtime.sessions.torch import TorchSession
+from dllm_export.tools.eager import EagerModel, load_eager
+from dllm_export.tools.random_checkpoint import write_random_checkpoint
+
+TINY = ModelShape(
+    layers=5,
+    hidden=64,
+    heads=4,
+    kv_heads=4,
+    head_dim=16,
+    mlp=160,
+    vocab=97,
+    max_length=512,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+)
+VARIANTS = {
+    "plain": TINY,
+    "gqa": replace(TINY, layers=2, kv_heads=2),
+    "bias": replace(TINY, layers=2, qkv_bias=True),
+    "tied": replace(TINY, layers=2, tied_head=True),
+}
+"""Shapes by name; the mask token is 96 and the end-of-text token 95."""
+
+OpenModel = Callable[[str], DiffusionLM]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Tiny matrices gain nothing from threads, and on a busy machine threads wait for one another at every operation."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random checkpoint of every variant."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: write_random_checkpoint(root / name, shape) for name, shape in VARIANTS.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Every variant exported in float32."""
+    root, options = tmp_path_factory.mktemp("bundles"), ExportOptions(no_tokenizer=True)
+    return {name: export(path, root / name, options) for name, path in tiny_checkpoints.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_eager(tiny_checkpoints: dict[str, Path]) -> dict[str, EagerModel]:
+    """Every variant in plain PyTorch, its float32 weights widened to float64."""
+    return {name: load_eager(path, torch.float64) for name, path in tiny_checkpoints.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_bundles: dict[str, Bundle]) -> Bundle:
+    """The plain variant's bundle."""
+    return tiny_bundles["plain"]
+
+
+@pytest.fixture(scope="session")
+def open_model(tiny_bundle: Bundle) -> Iterator[OpenModel]:
+    """A DiffusionLM on the tiny bundle by provider: onnxruntime, torch, or float64 for torch in double precision."""
+    with ExitStack() as stack:
+
+        def open_one(provider: str) -> DiffusionLM:
+            options = SessionOptions(provider="torch" if provider == "float64" else provider, threads=1)
+            if provider == "float64":
+                return stack.enter_context(DiffusionLM(tiny_bundle, TorchSession(tiny_bundle, options, dtype="float64")))
+            return stack.enter_context(DiffusionLM(tiny_bundle, open_session(tiny_bundle, options)))
+
+        yield open_one

@@ -1,0 +1,92 @@
+"""The documentation says what the code does: tables are regenerated, README blocks are executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from dllm_export.graphs import ModelShape, TensorSpec, graph_specs
+from dllm_export.runtime.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+LLADA = ModelShape(
+    layers=32,
+    hidden=4096,
+    heads=32,
+    kv_heads=32,
+    head_dim=128,
+    mlp=12288,
+    vocab=126464,
+    max_length=4096,
+    norm_eps=1e-5,
+    rope_theta=5e5,
+)
+
+
+def section(file: str, name: str) -> str:
+    text = (ROOT / file).read_text()
+    found = re.search(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", text, re.DOTALL)
+    assert found, f"{file} has no generated section '{name}'"
+    return found.group(1)
+
+
+def show(tensor: TensorSpec) -> str:
+    return f"`{tensor.name}` {tensor.type} [{', '.join(map(str, tensor.dims))}]"
+
+
+def graph_table() -> str:
+    rows = ["| graph | inputs | weights | outputs |", "|---|---|---|---|"]
+    for name, spec in graph_specs(LLADA).items():
+        columns = ("<br>".join(map(show, tensors)) for tensors in (spec.inputs, spec.weights, spec.outputs))
+        rows.append(f"| `{name}` | {' | '.join(columns)} |")
+    return "\n".join(rows) + "\n"
+
+
+def measured_table() -> str:
+    """The README's table from the CPU measurement."""
+    report = json.loads((ROOT / "docs/measurements/cpu-2-core.json").read_text())
+    rows = ["| | tokens/s | tokens equal to uncached |", "|---|---|---|"]
+    for column in report["columns"]:
+        rows.append(f"| {column['name']} | {column['tokens_per_second']:.2f} | {column['agreement']:.0%} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_graph_table_equals_the_catalog() -> None:
+    assert section("docs/graphs.md", "graphs") == graph_table()
+
+
+def test_the_manifest_schema_is_the_one_in_the_code() -> None:
+    schema = json.loads((ROOT / "docs/manifest.schema.json").read_text())
+    assert schema == json.loads(msgspec.json.encode(msgspec.json.schema(Manifest)))
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A directory that looks like a checkout to the README's commands and that they may write into."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    return tmp_path
+
+
+def test_the_readme_runs_as_printed(workspace: Path) -> None:
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in blocks} == {"sh", "python"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for language, code in blocks:
+        command = ["sh", "-ec", code] if language == "sh" else [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=workspace, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        assert done.stdout.strip(), code

@@ -1,0 +1,88 @@
+"""A LLaDA checkpoint with seeded random weights in the published layout, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dllm_export.graphs import ModelShape
+
+GAIN = 1.5
+"""Standard deviation of a matrix times the square root of its inputs. Below 1 rows and steps hardly differ, which hides
+errors."""
+
+
+def write_random_checkpoint(directory: Path, shape: ModelShape, *, seed: int = 0) -> Path:
+    """Write config.json and model.safetensors (float32) and return the directory.
+
+    The mask is the last token of the vocabulary; the one before it ends a text and pads.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = random_tensors(shape, torch.Generator().manual_seed(seed))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(llada_config(shape), indent=1) + "\n", encoding="utf-8")
+    return directory
+
+
+def random_tensors(shape: ModelShape, generator: torch.Generator) -> dict[str, Tensor]:
+    """Every tensor by its published name; matrices are [out, in], norms lie around 1."""
+
+    def matrix(outputs: int, inputs: int) -> Tensor:
+        return torch.randn(outputs, inputs, generator=generator) * GAIN / inputs**0.5
+
+    def vector(size: int, centre: float) -> Tensor:
+        return centre + 0.1 * torch.randn(size, generator=generator)
+
+    d, query, kv, mlp = shape.hidden, shape.query_width, shape.key_width, shape.mlp
+    tensors = {"wte.weight": torch.randn(shape.vocab, d, generator=generator), "ln_f.weight": vector(d, 1.0)}
+    if not shape.tied_head:
+        tensors["ff_out.weight"] = matrix(shape.vocab, d)
+    for layer in range(shape.layers):
+        block = {
+            "attn_norm.weight": vector(d, 1.0),
+            "q_proj.weight": matrix(query, d),
+            "k_proj.weight": matrix(kv, d),
+            "v_proj.weight": matrix(kv, d),
+            "attn_out.weight": matrix(d, query),
+            "ff_norm.weight": vector(d, 1.0),
+            "ff_proj.weight": matrix(mlp, d),
+            "up_proj.weight": matrix(mlp, d),
+            "ff_out.weight": matrix(d, mlp),
+        }
+        if shape.qkv_bias:
+            block |= {f"{name}_proj.bias": vector(size, 0.0) for name, size in (("q", query), ("k", kv), ("v", kv))}
+        tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
+    return {f"model.transformer.{name}": tensor for name, tensor in tensors.items()}
+
+
+def llada_config(shape: ModelShape) -> dict[str, object]:
+    """The keys of the published config.json that decide how the model computes."""
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "block_type": "llama",
+        "d_model": shape.hidden,
+        "embedding_size": shape.vocab,
+        "eos_token_id": shape.vocab - 2,
+        "include_bias": False,
+        "include_qkv_bias": shape.qkv_bias,
+        "layer_norm_type": "rms",
+        "mask_token_id": shape.vocab - 1,
+        "max_sequence_length": shape.max_length,
+        "mlp_hidden_size": shape.mlp,
+        "n_heads": shape.heads,
+        "n_kv_heads": shape.kv_heads,
+        "n_layers": shape.layers,
+        "pad_token_id": shape.vocab - 2,
+        "rms_norm_eps": shape.norm_eps,
+        "rope": True,
+        "rope_full_precision": shape.rope_float32,
+        "rope_theta": shape.rope_theta,
+        "vocab_size": shape.vocab,
+        "weight_tying": shape.tied_head,
+    }
