@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ class Checkpoint:
             if file not in open_files:
                 open_files[file] = _open_shard(self.path / file)
             tensor = open_files[file][name] if file.endswith(".bin") else open_files[file].get_tensor(name)
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise CheckpointError(
                     f"{file}: tensor '{name}' holds NaN or infinity; download or train the file again"
                 )
@@ -82,10 +81,16 @@ def open_checkpoint(
     return Checkpoint(path, architecture, config, {name: shards[name] for name in expected})
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; takes no memory, unlike torch.isfinite on a large tensor."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def truncate(config: ModelConfig, layers: int) -> ModelConfig:
     """The same model with its first layers only."""
-    from dataclasses import replace
-
     if not 1 <= layers <= config.shape.layers:
         raise CheckpointError(f"--num-layers is {layers}, expected 1 to {config.shape.layers}")
     return replace(config, shape=replace(config.shape, layers=layers))
@@ -122,7 +127,11 @@ def find_shards(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
                         f"{index.name} names the file {file!r}; only .{suffix} files beside it are read"
                     )
             shards, shapes = _read_shards(path, files)
-            moved = [name for name, file in weight_map.items() if shards.get(name) != file]
+            moved = [
+                name
+                for name, file in weight_map.items()
+                if shards.get(name) != file and not name.endswith(IGNORED_SUFFIXES)
+            ]
             if moved:
                 raise CheckpointError(
                     f"{index.name} places {moved[0]!r} in {weight_map[moved[0]]}, which does not hold it"
@@ -158,12 +167,15 @@ def _open_shard(path: Path) -> Any:
         except SafetensorError as error:
             raise IntegrityError(f"{path.name} is damaged ({error}); download it again") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling, zip and runtime errors alike; all mean that the file is refused
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IntegrityError(
             f"{path.name} is damaged or holds more than tensors ({reason}); it was not loaded"
         ) from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise IntegrityError(f"{path.name} holds no plain table of tensors; save the model's state_dict")
+    return content
 
 
 def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

@@ -10,15 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from dllm_export.errors import ResourceError, UsageError
 from dllm_export.runtime.bundle import file_digest
 from dllm_export.runtime.manifest import MANIFEST, FileRecord
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def replacing(target: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary directory that becomes `target` when the block succeeds; on any failure the target stays as it was."""
-    target = Path(os.path.abspath(target))
+    """A temporary directory that becomes `target` if the block succeeds; after any failure the target is as it was."""
+    target = Path(os.path.realpath(target))
     if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not a bundle; choose another output directory")
     if (target / MANIFEST).is_file() and not force:
@@ -30,12 +36,13 @@ def replacing(target: Path, *, force: bool) -> Iterator[Path]:
         raise UsageError(f"cannot write to {target.parent}: {error.strerror}") from None
     try:
         yield work
-        os.chmod(work, 0o755)
+        os.chmod(work, 0o777 & ~current_umask())
         _swap(work, target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
+            place = target.parent
             raise ResourceError(
-                f"no space left in {target.parent} while writing {target.name}; free some and run again"
+                f"no space left in {place} while writing {target.name}; free some and run again"
             ) from None
         raise
     finally:
@@ -50,10 +57,29 @@ def _swap(work: Path, target: Path) -> None:
     target.rename(old)
     try:
         work.rename(target)
-    except OSError:
+    except BaseException:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, readable by whom the umask lets; a full disk is the OSError it is."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = next((number for number in FULL if f"os error {number}" in str(error)), None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+    os.chmod(path, 0o666 & ~current_umask())
+
+
+def current_umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def require_space(target: Path, needed: int) -> None:

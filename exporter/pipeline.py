@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 from dllm_export import __version__
-from dllm_export.errors import UsageError
 from dllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from dllm_export.exporter.onnx_graph import ExternalTensor, build_onnx
 from dllm_export.exporter.onnx_ops import OPSET
+from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pack import list_files, replacing, require_space
 from dllm_export.exporter.probe import Probe
 from dllm_export.exporter.tokenizer import write_tokenizer
 from dllm_export.exporter.weights import FOLDER, StoredWeights, write_weights
 from dllm_export.graphs import DType, GraphSpec, graph_specs
-from dllm_export.runtime.bundle import Bundle, file_digest, open_bundle
+from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, file_digest, open_bundle
 from dllm_export.runtime.manifest import (
     FORMAT,
     MANIFEST,
@@ -27,32 +26,12 @@ from dllm_export.runtime.manifest import (
     encode_manifest,
     tensor_records,
 )
-from dllm_export.runtime.options import option
 from dllm_export.runtime.safetensors_file import read_header
 
-ExportType = Literal["float32", "float16", "bfloat16"]
-WeightsForm = Literal["bound", "embedded"]
-PLACEHOLDER = "given-when-opened"
-"""Location of a constant graph's weights: no file; the provider gets them from the bundle's safetensors."""
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the step and the number of steps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """What to make of a checkpoint."""
-
-    dtype: ExportType = option("float32", "type of weights and activations", choices=get_args(ExportType))
-    weights: WeightsForm = option(
-        "bound", "embedded adds self-contained ONNX files per layer", choices=get_args(WeightsForm)
-    )
-    family: str | None = option(None, "take the checkpoint for this family instead of detecting it")
-    mask_id: int | None = option(None, "id of the mask token, where config.json does not state it")
-    num_layers: int | None = option(None, "export only the first layers (for trials)")
-    no_tokenizer: bool = option(False, "export without a tokenizer; the bundle then works on token ids")
-    force: bool = option(False, "replace an existing bundle")
 
 
 def export(
@@ -62,8 +41,6 @@ def export(
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model directory and return the verified bundle."""
-    if options.dtype not in ITEM_SIZE:
-        raise UsageError(f"--dtype is {options.dtype!r}, expected one of: {', '.join(ITEM_SIZE)}")
     report = progress or (lambda what, step, steps: None)
     checkpoint = open_checkpoint(model, family=options.family, mask_id=options.mask_id, layers=options.num_layers)
     require_space(target, checkpoint.config.shape.weight_count * ITEM_SIZE[options.dtype])

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
+from dllm_export.exporter.pack import save_tensors
 from dllm_export.graphs.families import ModelConfig
 from dllm_export.runtime.rope import rotary_tables
 
 FILE = "probe.safetensors"
 ROWS = 8
 TOP = 8
+HEAD_PIECE = 8192
 
 
 class Probe:
@@ -58,14 +59,17 @@ class Probe:
 
     def finish(self, norm: torch.Tensor, head: torch.Tensor) -> None:
         """The most likely tokens of every row."""
-        logits = self._norm(self._states[-1], norm.float()) @ head.float().T * self._config.shape.logits_scale
+        rows = self._norm(self._states[-1], norm.float())
+        # Piece by piece: a whole head in float32 would be the largest thing in memory.
+        logits = torch.cat([rows @ piece.float().T for piece in torch.split(head, HEAD_PIECE)], dim=1)
+        logits = logits * self._config.shape.logits_scale
         top = torch.topk(logits, min(TOP, logits.shape[-1]), dim=-1)
         self._results = {"top_tokens": top.indices.int(), "top_logits": top.values}
 
     def save(self, root: Path) -> str:
         """Write the activations; returns the file's name in the bundle."""
         states = torch.stack(self._states)
-        save_file({"tokens": self._tokens.int(), "hidden": states, **self._results}, root / FILE)
+        save_tensors({"tokens": self._tokens.int(), "hidden": states, **self._results}, root / FILE)
         return FILE
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

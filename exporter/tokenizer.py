@@ -28,10 +28,11 @@ def write_tokenizer(source: Path, config: ModelConfig, root: Path) -> tuple[Toke
     settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     _merge_added_tokens(tokenizer, settings)
     _check_mask(tokenizer, settings, config)
-    if tokenizer.get_vocab_size() > config.shape.vocab:
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= config.shape.vocab:
         raise CheckpointError(
-            f"tokenizer.json has {tokenizer.get_vocab_size()} tokens, the embedding table {config.shape.vocab} rows; "
-            f"it belongs to another model"
+            f"tokenizer.json has {largest + 1} tokens, the embedding table {config.shape.vocab} rows; it belongs to "
+            f"another model"
         )
     (root / FILE).parent.mkdir()
     tokenizer.save(str(root / FILE))
@@ -43,7 +44,10 @@ def write_tokenizer(source: Path, config: ModelConfig, root: Path) -> tuple[Toke
 
 def _merge_added_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
     """Specials that only tokenizer_config.json lists."""
-    for number, entry in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(number.isdecimal() for number in added):
+        raise CheckpointError("tokenizer_config.json: added_tokens_decoder is not a table from ids to tokens")
+    for number, entry in sorted(added.items(), key=lambda item: int(item[0])):
         content, special = _text(entry), bool(isinstance(entry, dict) and entry.get("special"))
         add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
         add([AddedToken(content, special=special, normalized=False)])
@@ -64,7 +68,10 @@ def _check_mask(tokenizer: Tokenizer, settings: dict[str, Any], config: ModelCon
 
 def _chat_template(source: Path, settings: dict[str, Any]) -> str | None:
     if (source / "chat_template.jinja").is_file():
-        return (source / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return (source / "chat_template.jinja").read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError("chat_template.jinja is not UTF-8 text; save it as UTF-8 or remove it") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dllm_export.errors import CheckpointError
-from dllm_export.exporter.checkpoint import Checkpoint, Load
+from dllm_export.exporter.checkpoint import Checkpoint, Load, all_finite
+from dllm_export.exporter.pack import save_tensors
 from dllm_export.exporter.probe import Probe
 from dllm_export.graphs import DType
 from dllm_export.graphs.families import BIAS_SLOTS, LAYER_SLOTS
@@ -91,9 +91,11 @@ def _save(tensors: dict[str, torch.Tensor], dtype: DType, root: Path, file: str)
     converted = {}
     for name, tensor in tensors.items():
         converted[name] = tensor.to(TORCH_TYPES[dtype]).contiguous()
-        if dtype == "float16" and not bool(torch.isfinite(converted[name]).all()):
-            raise CheckpointError(
-                f"a value of '{name}' in {file} overflows float16; export with --dtype bfloat16 or float32"
-            )
-    save_file(converted, root / file)
+        if not all_finite(converted[name]):
+            remedy = {
+                "float16": "export with --dtype bfloat16 or float32",
+                "bfloat16": "export with --dtype float32",
+            }.get(dtype, "no type here can hold it")
+            raise CheckpointError(f"a value of '{name}' in {file} overflows {dtype}; {remedy}")
+    save_tensors(converted, root / file)
     return {name: WeightRecord(file=file, tensor=name) for name in converted}

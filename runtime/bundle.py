@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from dllm_export.errors import IntegrityError, UsageError
-from dllm_export.graphs import GraphSpec, graph_specs
+from dllm_export.graphs import DType, GraphSpec, graph_specs
 from dllm_export.runtime.manifest import (
     MANIFEST,
     FileRecord,
@@ -22,9 +23,12 @@ from dllm_export.runtime.manifest import (
     decode_manifest,
     tensor_records,
 )
-from dllm_export.runtime.safetensors_file import SafetensorsFile
+from dllm_export.runtime.safetensors_file import SafetensorsFile, StoredTensor
 
 READ_SIZE = 8 * 2**20
+PLACEHOLDER = "given-when-opened"
+"""Location of a constant graph's weights: no file; the provider gets them from the bundle's safetensors."""
+STORED_TYPES: Mapping[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Bundle:
     def _read_graph(self, graph: str, file: str, references: int) -> bytes:
         """Bytes of a graph with exactly this many references to data outside it."""
         data = self.file(file).read_bytes()
-        if data.count(b"location") != references:
+        if data.count(b"location") != references or data.count(PLACEHOLDER.encode()) != references:
             raise IntegrityError(f"{file}: the graph refers to data that graph '{graph}' does not have; export again")
         return data
 
@@ -70,14 +74,19 @@ class Bundle:
         }
         return sum(record.size for record in self.manifest.files if record.path in files)
 
-    def weight(self, record: WeightRecord) -> NDArray[Any]:
-        """A stored weight, mapped and not copied."""
+    def stored(self, record: WeightRecord) -> StoredTensor:
+        """Type, shape and place of a stored weight."""
         if record.file not in self._weights:
             self._weights[record.file] = SafetensorsFile(self.file(record.file))
-        tensors = self._weights[record.file]
-        if record.tensor not in tensors.tensors:
+        tensors = self._weights[record.file].tensors
+        if record.tensor not in tensors:
             raise IntegrityError(f"{record.file} has no tensor '{record.tensor}'; export again")
-        return tensors.view(record.tensor)
+        return tensors[record.tensor]
+
+    def weight(self, record: WeightRecord) -> NDArray[Any]:
+        """A stored weight, mapped and not copied."""
+        self.stored(record)
+        return self._weights[record.file].view(record.tensor)
 
     def graph_weights(self, graph: str, layer: int | None) -> dict[str, NDArray[Any]]:
         """The weights of a graph by input name; `layer` for the layer graphs."""
@@ -88,29 +97,73 @@ class Bundle:
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """A verified bundle, or IntegrityError (damaged), IncompatibleError (format) or UsageError (no bundle there)."""
     root = Path(path)
-    if not (root / MANIFEST).is_file():
-        remedy = "make one with 'dllm-export export MODEL -o BUNDLE'"
-        raise UsageError(f"{root} is not a bundle: it has no {MANIFEST}; {remedy}")
-    manifest = decode_manifest((root / MANIFEST).read_bytes())
+    manifest = read_manifest(root)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(partial(verify_file, root), manifest.files))
-    specs = dict(graph_specs(manifest.shape))
-    for name, record in manifest.graphs.items():
-        spec = specs.get(name)
+    bundle = Bundle(root, manifest, dict(graph_specs(manifest.shape)))
+    check_graphs(bundle)
+    check_bindings(bundle)
+    return bundle
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle directory, checked against its own digest; no other file is looked at."""
+    path = root / MANIFEST
+    if path.is_symlink():
+        raise IntegrityError(f"{MANIFEST} is a symbolic link; a bundle holds plain files only")
+    if not path.is_file():
+        remedy = "make one with 'dllm-export export MODEL -o BUNDLE'"
+        raise UsageError(f"{root} is not a bundle: it has no {MANIFEST}; {remedy}")
+    return decode_manifest(path.read_bytes())
+
+
+def check_graphs(bundle: Bundle) -> None:
+    """Every graph that this version runs is there, with the signature that it runs."""
+    for name in bundle.specs.keys() | bundle.manifest.graphs.keys():
+        spec, record = bundle.specs.get(name), bundle.manifest.graphs.get(name)
+        if record is None:
+            raise IntegrityError(f"graph '{name}' is missing from {MANIFEST}; export again")
         signature = (record.inputs, record.weights, record.outputs)
         if spec is None or signature != tuple(map(tensor_records, (spec.inputs, spec.weights, spec.outputs))):
             raise IntegrityError(f"graph '{name}' does not have the signature this version runs; export again")
-    return Bundle(root, manifest, specs)
+        for file in filter(None, (record.file, record.constant_file)):
+            bundle.file(file)
+
+
+def check_bindings(bundle: Bundle) -> None:
+    """Every weight of every layer is bound to a stored tensor of its shape and type."""
+    manifest, sizes = bundle.manifest, STORED_TYPES[bundle.manifest.dtype]
+    if len(manifest.layer_bindings) != manifest.shape.layers:
+        raise IntegrityError(
+            f"{MANIFEST} binds {len(manifest.layer_bindings)} layers of {manifest.shape.layers}; export again"
+        )
+    for name, spec in bundle.specs.items():
+        for records in manifest.layer_bindings if name.startswith("layer_") else (manifest.model_bindings,):
+            for weight in spec.weights:
+                if weight.name not in records:
+                    raise IntegrityError(
+                        f"{MANIFEST} binds no tensor to weight '{weight.name}' of '{name}'; export again"
+                    )
+                stored = bundle.stored(records[weight.name])
+                if stored.shape != weight.dims or stored.dtype != sizes:
+                    raise IntegrityError(
+                        f"{records[weight.name].file}: '{records[weight.name].tensor}' is {stored.dtype} {stored.shape}, "
+                        f"expected {sizes} {weight.dims}; export again"
+                    )
 
 
 def verify_file(root: Path, record: FileRecord) -> None:
     """Refuse a file that is missing, a link, or not the bytes that the manifest states."""
     path = root
-    for part in record.path.split("/"):
-        path = path / part
-        if path.is_symlink():
-            raise IntegrityError(f"{record.path} goes through a symbolic link; a bundle holds plain files only")
-    if not path.is_file():
+    try:
+        for part in record.path.split("/"):
+            path = path / part
+            if path.is_symlink():
+                raise IntegrityError(f"{record.path} goes through a symbolic link; a bundle holds plain files only")
+        found = path.is_file()
+    except OSError as error:
+        raise IntegrityError(f"{record.path[:80]} cannot be a file here ({error.strerror}); export again") from None
+    if not found:
         raise IntegrityError(f"{record.path} is missing from the bundle; export again")
     if path.stat().st_size != record.size:
         raise IntegrityError(f"{record.path} has {path.stat().st_size} bytes, expected {record.size}; export again")

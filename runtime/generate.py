@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.errors import DllmExportError
+from dllm_export.errors import OverflowedError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.head import Candidates, Head, bucket
@@ -209,7 +209,7 @@ class Denoiser:
         self._clock.run(head.prepare(hidden, index, banned, guided=self._guided))
         candidates = head.read(index.shape[1])
         if not np.isfinite(candidates.logsumexp).all():
-            raise DllmExportError(
+            raise OverflowedError(
                 "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
             )
         return candidates

@@ -61,6 +61,22 @@ class TokenizerRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Text of the beginning-of-sequence token, for the chat template."""
 
 
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One TensorRT plan and what it fits."""
+
+    graph: str
+    file: str
+    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    targets: tuple[str, ...]
+    """Compute capabilities, such as 8.9."""
+    ranges: dict[str, tuple[int, int, int]]
+    """Dim -> smallest, usual and largest size."""
+    key: str
+    """Digest of the graph, the library and the options: an engine with this key need not be built again."""
+    seconds: float
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a reader needs to know before it opens another file."""
 
@@ -91,6 +107,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """File name -> sha256 of the configuration files the bundle was made from."""
     tools: dict[str, str]
     files: tuple[FileRecord, ...]
+    engines: tuple[EngineRecord, ...] = ()
 
 
 def tensor_records(specs: tuple[TensorSpec, ...]) -> tuple[TensorRecord, ...]:
@@ -117,10 +134,15 @@ def decode_manifest(data: bytes) -> Manifest:
                 f"export again with this version of dllm-export"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"{MANIFEST} is damaged ({error}); export again") from None
     if encode_manifest(manifest) != data:
         raise IntegrityError(f"{MANIFEST} does not match its own digest; it was changed after the export: export again")
+    sizes = (
+        getattr(manifest.shape, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "vocab")
+    )
+    if min(sizes) < 1:
+        raise IntegrityError(f"{MANIFEST} states a model shape with a size below 1; export again")
     for path in (record.path for record in manifest.files):
         check_relative(path)
     return manifest

@@ -44,7 +44,7 @@ class Generation:
 
 
 class DiffusionLM:
-    """A bundle opened on one provider. A context manager; one generation at a time."""
+    """A bundle opened on one provider. A context manager; not for two threads at once."""
 
     def __init__(self, bundle: Bundle, session: Session) -> None:
         self.bundle, self.session = bundle, session
@@ -100,12 +100,17 @@ class DiffusionLM:
         *,
         watch: bool = False,
     ) -> Iterator[Frame]:
-        """One frame per denoising step; stop iterating to cancel."""
-        if self._workspace is None or self._workspace.request != request.shape:
-            self._workspace = Workspace(self.session, self.bundle.manifest.shape, request.shape)
+        """One frame per denoising step; stop iterating to cancel. Streams may be interleaved: none shares a buffer."""
+        # The last request's buffers and prepared programs are taken if they fit, and put back afterwards.
+        workspace, self._workspace = self._workspace, None
         manifest = self.bundle.manifest
-        denoiser = Denoiser(self._workspace, manifest.shape, manifest.tokens, request, options, policy, watch)
-        return denoiser.frames()
+        if workspace is None or workspace.request != request.shape:
+            workspace = Workspace(self.session, manifest.shape, request.shape)
+        denoiser = Denoiser(workspace, manifest.shape, manifest.tokens, request, options, policy, watch)
+        try:
+            yield from denoiser.frames()
+        finally:
+            self._workspace = workspace
 
     def run(
         self,
@@ -116,7 +121,7 @@ class DiffusionLM:
         """Denoise a request to its end."""
         start = time.perf_counter()
         frames = list(self.stream(request, options, policy))
-        return self.summarize(frames, time.perf_counter() - start)
+        return self.summarize(request, frames, time.perf_counter() - start)
 
     def generate(
         self,
@@ -134,21 +139,31 @@ class DiffusionLM:
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
     ) -> list[Generation]:
-        """Fill the mask tokens in every text; the result's tokens start at the first mask."""
+        """Fill the mask tokens in every text; a result's tokens start at its first mask, its text is the whole text."""
         request = self.infilling([self.encode(text) for text in texts], options)
         return self.run(request, options, policy)
 
-    def summarize(self, frames: Sequence[Frame], seconds: float) -> list[Generation]:
-        """The finished frames of a request as one result per sequence."""
+    def summarize(self, request: Request, frames: Sequence[Frame], seconds: float) -> list[Generation]:
+        """The finished frames of a request as one result per sequence.
+
+        A result starts at the sequence's first mask. A continuation's text ends at the first end-of-text token; an
+        infilled text is whole, from its first token to its last.
+        """
         last, special = frames[-1], self.bundle.manifest.tokens
-        stops = {special.eos, special.end_of_turn} - {None}
+        stops = [token for token in (special.eos, special.end_of_turn) if token is not None]
         results = []
-        for tokens, confidence in zip(last.tokens, last.confidence, strict=True):
-            ends = np.flatnonzero(np.isin(tokens, [int(stop) for stop in stops if stop is not None]))
-            kept = tokens[: ends[0]] if len(ends) else tokens
+        for row, canvas in enumerate(request.canvas):
+            asked = canvas[request.shape.prompt_rows :] == special.mask
+            first = int(np.argmax(asked))
+            tokens, confidence = last.tokens[row, first:], last.confidence[row, first:]
+            ends = np.flatnonzero(np.isin(tokens, stops) & asked[first:])
+            shown = tokens[: ends[0]] if len(ends) else tokens
+            if request.infilling:
+                given = canvas[request.padding[row] : request.shape.prompt_rows + first]
+                shown = np.concatenate((given, tokens))
             results.append(
                 Generation(
-                    text=self.tokenizer.decode(kept.tolist()) if self.tokenizer else "",
+                    text=self.tokenizer.decode(shown.tolist()) if self.tokenizer else "",
                     tokens=tuple(tokens.tolist()),
                     confidence=tuple(confidence.tolist()),
                     finish_reason="stop" if len(ends) else "length",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ class Request:
     padding: NDArray[np.int64]  # [B] pad rows on the left
     shape: RequestShape
     schedule: Schedule
+    infilling: bool = False
+    """Whether masks were given in a text rather than appended to a prompt."""
 
 
 def continuation(
@@ -34,8 +36,10 @@ def continuation(
     sampler: SamplerDefaults,
 ) -> Request:
     """Prompts followed by masks."""
+    if not prompts:
+        raise UsageError("no prompt was given; pass at least one")
     length = options.gen_length or sampler.gen_length
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise UsageError(f"prompt {number} is empty; a diffusion LLM needs at least one token to condition on")
         if tokens.mask in prompt:
@@ -52,7 +56,9 @@ def infilling(
     canvases: Sequence[Sequence[int]], options: GenerationOptions, shape: ModelShape, tokens: SpecialTokens
 ) -> Request:
     """Canvases with masks anywhere. Rows from the first mask of any sequence on are treated as response."""
-    for number, canvas in enumerate(canvases):
+    if not canvases:
+        raise UsageError("no prompt was given; pass at least one text with mask tokens")
+    for number, canvas in enumerate(canvases, 1):
         if tokens.mask not in canvas:
             raise UsageError(f"text {number} holds no mask token, so there is nothing to fill in")
     if options.gen_length or options.block_length:
@@ -60,15 +66,13 @@ def infilling(
     masks = max(list(canvas).count(tokens.mask) for canvas in canvases)
     steps = min(options.steps or masks, masks)
     tail = max(len(canvas) - list(canvas).index(tokens.mask) for canvas in canvases)
-    return make_request(canvases, make_schedule(tail, tail, steps), shape, tokens)
+    return replace(make_request(canvases, make_schedule(tail, tail, steps), shape, tokens), infilling=True)
 
 
 def make_request(
     canvases: Sequence[Sequence[int]], schedule: Schedule, shape: ModelShape, tokens: SpecialTokens
 ) -> Request:
     """Left-pad to one length and check it."""
-    if not canvases:
-        raise UsageError("no prompt was given")
     width = max(len(canvas) for canvas in canvases)
     if width > shape.max_length:
         raise UsageError(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dllm_export.errors import IntegrityError
 
 HEADER_LIMIT = 100 * 2**20
+RANK_LIMIT = 8
 NUMPY_TYPES: Mapping[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -53,22 +54,40 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(HEADER_LIMIT, size - 8):
                 raise IntegrityError(f"{path.name}: {size} bytes, too short for its header; the file is truncated")
-            raw = json.loads(file.read(length))
+            raw = json.loads(file.read(length), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise IntegrityError(f"{path.name} is missing in {path.parent}") from None
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise IntegrityError(f"{path.name}: the header is not JSON; not a safetensors file, or damaged") from None
     if not isinstance(raw, dict):
         raise IntegrityError(f"{path.name}: the header is not a JSON object")
     raw.pop("__metadata__", None)
-    return {name: _read_entry(path, name, entry, 8 + length, size) for name, entry in raw.items()}
+    tensors = {name: _read_entry(path, name, entry, 8 + length, size) for name, entry in raw.items()}
+    end = 8 + length
+    for entry in sorted(tensors.values(), key=lambda entry: (entry.offset, entry.length)):
+        if entry.offset != end:
+            raise IntegrityError(f"{path.name}: tensors overlap or leave a gap at byte {end}; the file is damaged")
+        end += entry.length
+    if end != size:
+        raise IntegrityError(f"{path.name}: {size - end} bytes at the end belong to no tensor; the file is damaged")
+    return tensors
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) != len(dict(pairs)):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
 
 
 def _read_entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(dim) for dim in entry["shape"])
-        begin, end = (int(bound) for bound in entry["data_offsets"])
+        dtype, shape = entry["dtype"], entry["shape"]
+        begin, end = entry["data_offsets"]
         itemsize = np.dtype(NUMPY_TYPES[dtype]).itemsize
+        if not isinstance(shape, list) or not isinstance(entry["data_offsets"], list) or len(shape) > RANK_LIMIT:
+            raise ValueError
+        if any(type(number) is not int or abs(number) >= 2**63 for number in (*shape, begin, end)):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise IntegrityError(f"{path.name}: header entry of '{name}' is malformed or of an unknown type") from None
     if not 0 <= begin <= end or min(shape, default=0) < 0 or end - begin != itemsize * math.prod(shape):
@@ -77,7 +96,7 @@ def _read_entry(path: Path, name: str, entry: Any, start: int, size: int) -> Sto
         )
     if start + end > size:
         raise IntegrityError(f"{path.name}: '{name}' ends at byte {start + end} of {size}; the file is truncated")
-    return StoredTensor(dtype, shape, start + begin, end - begin)
+    return StoredTensor(dtype, tuple(shape), start + begin, end - begin)
 
 
 class SafetensorsFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -50,5 +49,7 @@ class Tokenizer:
         try:
             template = environment.from_string(self._chat_template)
             return template.render(messages=messages, add_generation_prompt=True, bos_token=self._bos)
-        except jinja2.TemplateError as error:
+        except UsageError:
+            raise
+        except Exception as error:  # a template is a program: it can fail in any way
             raise IntegrityError(f"the bundle's chat template does not render: {error}") from None

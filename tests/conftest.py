@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
-from dllm_export.exporter.pipeline import ExportOptions, export
+from dllm_export.exporter.options import ExportOptions
+from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import ModelShape
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
@@ -18,6 +20,10 @@ from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.runtime.sessions.torch import TorchSession
 from dllm_export.tools.eager import EagerModel, load_eager
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
+
+# The same examples in every run, and no time limit for one: a busy machine is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 TINY = ModelShape(
     layers=5,
@@ -82,7 +88,9 @@ def open_model(tiny_bundle: Bundle) -> Iterator[OpenModel]:
         def open_one(provider: str) -> DiffusionLM:
             options = SessionOptions(provider="torch" if provider == "float64" else provider, threads=1)
             if provider == "float64":
-                return stack.enter_context(DiffusionLM(tiny_bundle, TorchSession(tiny_bundle, options, dtype="float64")))
+                return stack.enter_context(
+                    DiffusionLM(tiny_bundle, TorchSession(tiny_bundle, options, dtype="float64"))
+                )
             return stack.enter_context(DiffusionLM(tiny_bundle, open_session(tiny_bundle, options)))
 
         yield open_one

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from dllm_export.graphs import ModelShape, TensorSpec, graph_specs
 from dllm_export.runtime.manifest import Manifest
 

@@ -82,9 +82,7 @@ def reduced(bundle: Bundle, model: EagerModel, case: Case, policy: CachePolicy |
     trunk.start(*rotary_tables(shape, np.maximum(column - start, 0)), column >= start)
 
     def run(canvas: NDArray[np.int32], step: int) -> Tensor:
-        state = StepState(
-            step=step, layers=shape.layers, prompt_rows=case.prompt, response_rows=case.response
-        )
+        state = StepState(step=step, layers=shape.layers, prompt_rows=case.prompt, response_rows=case.response)
         trunk.prepare((policy or case.policy).plan(state), canvas)()
         return model.classify(torch.from_numpy(trunk.hidden.read()))
 
@@ -177,12 +175,19 @@ def test_a_broken_cache_is_seen(
 
 
 @pytest.mark.parametrize(
-    "change", [{"prompt_interval": 99}, {"response_interval": 4}, {"update_ratio": 0.3}, {"first_layer_rule": False}]
+    "other",
+    [
+        case(17, 24, 99, 3, 0.25),
+        case(17, 24, 5, 4, 0.25),
+        case(17, 24, 5, 3, 0.3),
+        case(17, 24, 5, 3, 0.25, first_layer_rule=False),
+    ],
+    ids=["stale prompt", "later response", "more rows", "no first-layer rule"],
 )
 def test_another_schedule_is_seen(
-    change: dict[str, float], tiny_bundles: dict[str, Bundle], tiny_eager: dict[str, EagerModel]
+    other: Case, tiny_bundles: dict[str, Bundle], tiny_eager: dict[str, EagerModel]
 ) -> None:
-    model, other = tiny_eager["plain"], replace(MAIN, policy=replace(MAIN.policy, **change))
+    model = tiny_eager["plain"]
     ours = reduced(tiny_bundles["plain"], model, MAIN)
     assert max(difference_per_step(model, MAIN, four_feature(model, other), ours)) > VISIBLE
 

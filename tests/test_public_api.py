@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dllm_export
 import pytest
+
+import dllm_export
 
 
 def test_every_public_name_can_be_imported() -> None:

@@ -93,12 +93,20 @@ def classify(shape: ModelShape, weights: Weights, hidden: Tensor) -> Tensor:  # 
 
 
 def masked_loss(
-    shape: ModelShape, weights: Weights, sheets: Sheets, generator: torch.Generator, *, layer: Layer, dtype: torch.dtype
+    shape: ModelShape,
+    weights: Weights,
+    sheets: Sheets,
+    generator: torch.Generator,
+    *,
+    layer: Layer,
+    dtype: torch.dtype,
+    least: float = 0.0,
 ) -> Tensor:
     """LLaDA's supervised objective (arXiv 2502.09992, equation 5), averaged over the batch.
 
-    The prompt stays clean, each answer token is masked with probability p = (1 - 1e-3) t + 1e-3, t ~ U(0, 1) per sheet,
-    and the cross-entropy of the masked tokens is divided by p and by the answer length. t is stratified over the batch.
+    The prompt stays clean, each answer token is masked with probability p = (1 - 1e-3) t + 1e-3, t ~ U(least, 1) per
+    sheet, and the cross-entropy of the masked tokens is divided by p and by the answer length. t is stratified over the
+    batch.
     """
     device = generator.device
     tokens = _send(sheets.tokens, device).to(torch.int32)
@@ -108,6 +116,7 @@ def masked_loss(
     count = len(answers)
     offset = torch.rand((), generator=generator, device=device)
     t = (offset + torch.arange(count, device=device) / count) % 1.0
+    t = least + (1 - least) * t
     p = ((1 - 1e-3) * t + 1e-3).unsqueeze(1)
     masked = torch.rand((count, length), generator=generator, device=device) < p
     noisy = torch.cat((tokens[:, :-length], torch.where(masked, MASK, tokens[:, -length:])), dim=1)

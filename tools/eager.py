@@ -112,7 +112,7 @@ class EagerModel:
         return linear(self.norm(x, self.top["ln_f.weight"]), head)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:  # [B, N, heads * d] -> [B, heads, N, d]
-        return x.unflatten(2, (heads, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
 
 def rotate(x: Tensor, context: Context) -> Tensor:  # [B, heads, N, d]

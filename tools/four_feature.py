@@ -63,7 +63,7 @@ class FourFeatureCache:
         x = x + attention
         mlp = model.mlp(weights, x)
         self.prompt[layer] = Features(*(part[:, :split] for part in (key, value, attention, mlp)))
-        self.response[layer] = Features(*(part[:, split:].clone() for part in (key, value, attention, mlp)))
+        self.response[layer] = Features(*(part[:, split:] for part in (key, value, attention, mlp)))
         return x + mlp
 
     def _refresh_response(self, layer: int, x: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ class FourFeatureCache:
             x = x + torch.cat((prompt.attention, response.attention), dim=1)
             return x + torch.cat((prompt.mlp, response.mlp), dim=1)
         fresh = split if refresh_prompt else 0
-        inner = model.norm(x, weights["attn_norm.weight"])
+        first, rest = (model.norm(rows, weights["attn_norm.weight"]) for rows in (x[:, :fresh], x[:, split:]))
         if refresh_prompt:
-            prompt.key, prompt.value = (model.project(weights, f"{name}_proj", inner[:, :split]) for name in "kv")
-        chosen = self._verify(layer, inner[:, split:])
-        picked = take(inner[:, split:], chosen)
+            prompt.key, prompt.value = (model.project(weights, name, first) for name in ("k_proj", "v_proj"))
+        chosen = self._verify(layer, rest)
+        picked = take(rest, chosen)
         put(response.key, chosen, model.project(weights, "k_proj", picked))
 
-        query = model.project(weights, "q_proj", torch.cat((inner[:, :fresh], picked), dim=1))
+        query = model.project(weights, "q_proj", torch.cat((first, picked), dim=1))
         places = torch.cat((torch.arange(fresh).expand(len(x), -1), self._place(chosen)), dim=1)
         keys = torch.cat((prompt.key, response.key), dim=1)
         values = torch.cat((prompt.value, response.value), dim=1)

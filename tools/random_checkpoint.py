@@ -32,7 +32,7 @@ def random_tensors(shape: ModelShape, generator: torch.Generator) -> dict[str, T
     """Every tensor by its published name; matrices are [out, in], norms lie around 1."""
 
     def matrix(outputs: int, inputs: int) -> Tensor:
-        return torch.randn(outputs, inputs, generator=generator) * GAIN / inputs**0.5
+        return torch.randn(outputs, inputs, generator=generator).mul(GAIN / inputs**0.5)
 
     def vector(size: int, centre: float) -> Tensor:
         return centre + 0.1 * torch.randn(size, generator=generator)

@@ -23,6 +23,7 @@ from torch import Tensor
 from dllm_export.graphs import ModelShape
 from dllm_export.tools.demo_checkpoint import load_weights, save_checkpoint
 from dllm_export.tools.demo_model import Layer, Weights, draw_weights, evaluate, layer_runner, masked_loss
+from dllm_export.tools.problems import KINDS
 from dllm_export.tools.worksheets import CELL, COLUMNS, PROBLEMS, draw_sheets, held_out, training_stream
 
 BUCKETS = (320, 384, 448, COLUMNS)
@@ -57,6 +58,10 @@ class TrainOptions:
     seed: int = 0
     problems: int = PROBLEMS[1]
     """Most problems of a training sheet."""
+    look_up: float = 1 / len(KINDS)
+    """Share of look-up problems; the other kinds have equal shares of the rest. Look-up is learned last by far."""
+    least: float = 0.0
+    """Least share of masked answer tokens. Low shares weigh their few tokens heavily, which is noise early on."""
     eval_minutes: float = 2.0
     eval_sheets: int = 200
     layers: int = 6
@@ -112,10 +117,14 @@ class Trainer:
     def step(self, rate: float) -> Tensor:
         """Train on a fresh batch; returns its loss without waiting for the device."""
         problems = int(self.sheets.integers(PROBLEMS[0], self.options.problems + 1))
-        sheets = draw_sheets(self.sheets, self.options.batch, problems)
+        other = (1 - self.options.look_up) / (len(KINDS) - 1)
+        shares = [self.options.look_up if kind.name == "look up" else other for kind in KINDS]
+        sheets = draw_sheets(self.sheets, self.options.batch, problems, shares=shares)
         sheets = sheets.cut(next(columns for columns in BUCKETS if columns >= sheets.longest))
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        loss = masked_loss(self.shape, self.weights, sheets, self.noise, layer=self.layer, dtype=dtype)
+        loss = masked_loss(
+            self.shape, self.weights, sheets, self.noise, layer=self.layer, dtype=dtype, least=self.options.least
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP)
         for group in self.optimizer.param_groups:
@@ -200,6 +209,7 @@ def _report(
         "held_out": f"worksheets.held_out(..., {HELD_OUT_SEED}), one token a step, temperature 0",
         "accuracy": accuracy,
         "losses": losses,
+        **({"resumed": json.loads((options.resume / "training.json").read_text())} if options.resume else {}),
     }
 
 

@@ -13,6 +13,7 @@ to P stand nowhere else on a sheet. No held-out question is ever trained on (too
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,12 +133,22 @@ def held_out(count: int, seed: int, problems: int | None = None) -> tuple[Worksh
     return tuple(draw() for _ in range(count))
 
 
-def draw_sheets(rng: np.random.Generator, count: int, problems: int, *, reserved: bool = False) -> Sheets:
-    """`count` random worksheets of `problems` problems each, of reserved questions or of all others."""
+def draw_sheets(
+    rng: np.random.Generator,
+    count: int,
+    problems: int,
+    *,
+    reserved: bool = False,
+    shares: Sequence[float] | None = None,
+) -> Sheets:
+    """`count` random worksheets of `problems` problems each, of reserved questions or of all others.
+
+    `shares` gives the probability of each kind, equal ones if left out.
+    """
     low, high = PROBLEMS
     if not low <= problems <= high:
         raise UsageError(f"a worksheet has {low} to {high} problems, got {problems}")
-    kinds, lengths = _draw_kinds(rng, count, problems)
+    kinds, lengths = _draw_kinds(rng, count, problems, shares)
     footer = COLUMNS - CELL * problems - len(FOOTER)
     offsets = footer - lengths[:, ::-1].cumsum(axis=1)[:, ::-1]
     start = offsets[:, 0] - len(HEADER)
@@ -169,13 +180,15 @@ def _place(tokens: Bytes, row: npt.NDArray[Any], column: npt.NDArray[Any], text:
     tokens[row[:, None], column[:, None] + np.arange(text.shape[1])] = text
 
 
-def _draw_kinds(rng: np.random.Generator, count: int, problems: int) -> tuple[Integers, Integers]:
+def _draw_kinds(
+    rng: np.random.Generator, count: int, problems: int, shares: Sequence[float] | None
+) -> tuple[Integers, Integers]:
     """Kinds [count, problems] whose prompts have a permitted length, and the lengths of their lines."""
     length = np.array([len(kind.template) for kind in KINDS])
     kinds = np.zeros((count, problems), dtype=np.int64)
     wrong = np.arange(count)
     while len(wrong):
-        kinds[wrong] = rng.integers(0, len(KINDS), (len(wrong), problems))
+        kinds[wrong] = rng.choice(len(KINDS), (len(wrong), problems), p=shares)
         total = length[kinds[wrong]].sum(axis=1) + len(HEADER) + len(FOOTER)
         wrong = wrong[(total < PROMPT_BYTES[0]) | (total > PROMPT_BYTES[1])]
     return kinds, length[kinds]

@@ -83,6 +83,14 @@ class Family:
 V = TypeVar("V", int, float, bool, str)
 
 
+def read_size(raw: Mapping[str, object], key: str, default: int) -> int:
+    """raw[key] as a number of at least 1."""
+    value = read(raw, key, int, default)
+    if value < 1:
+        raise CheckpointError(f"config.json: '{key}' is {value}, expected at least 1")
+    return value
+
+
 def read(raw: Mapping[str, object], key: str, kind: type[V], default: V | None = None) -> V:
     """raw[key] as `kind`; a missing or null key gives the default, or an error that names the key."""
     value = raw.get(key)

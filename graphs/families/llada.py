@@ -12,6 +12,7 @@ from dllm_export.graphs.families.family import (
     SpecialTokens,
     TensorNames,
     read,
+    read_size,
 )
 from dllm_export.graphs.shape import ModelShape
 
@@ -22,7 +23,6 @@ UNSUPPORTED = (
     ("alibi", True, "alibi positions"),
     ("include_bias", True, "biases on every linear layer"),
     ("attention_layer_norm", True, "query/key norms over the full width"),
-    ("multi_query_attention", True, "multi_query_attention without n_kv_heads"),
 )
 REQUIRED = (
     # key, required value, class default when the key is missing
@@ -44,7 +44,7 @@ def detect(raw: Mapping[str, object]) -> bool:
 def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
     """config.json -> ModelConfig, with the class defaults of the published configuration for missing keys."""
     for key, value, what in UNSUPPORTED:
-        if raw.get(key) == value and not (key == "multi_query_attention" and raw.get("n_kv_heads")):
+        if raw.get(key) == value:
             raise CheckpointError(
                 f"config.json: '{key}' is {value}: {what} are not supported (no released LLaDA has them)"
             )
@@ -52,23 +52,27 @@ def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
         if raw.get(key, default) != required:
             got = raw.get(key, f"missing, which means {default!r}")
             raise CheckpointError(f"config.json: '{key}' is {got!r}, expected {required!r}: no released LLaDA differs")
-    width, heads = read(raw, "d_model", int, 768), read(raw, "n_heads", int, 12)
+    width, heads = read_size(raw, "d_model", 768), read(raw, "n_heads", int, 12)
     kv_heads = read(raw, "n_kv_heads", int, heads)
-    if heads < 1 or width % heads or kv_heads < 1 or heads % kv_heads:
+    if raw.get("multi_query_attention") and raw.get("n_kv_heads") != 1:
+        raise CheckpointError(
+            "config.json: multi_query_attention means one key head, but n_kv_heads is not 1; set it to 1"
+        )
+    if heads < 1 or width % heads or kv_heads < 1 or heads % kv_heads or width // heads % 2:
         raise CheckpointError(
             f"config.json: d_model {width}, n_heads {heads}, n_kv_heads {kv_heads} do not fit: d_model must be a multiple "
-            f"of n_heads and n_heads of n_kv_heads"
+            f"of n_heads and n_heads of n_kv_heads, and a head of even width"
         )
     vocab = read(raw, "embedding_size", int, read(raw, "vocab_size", int, 50257))
     shape = ModelShape(
-        layers=read(raw, "n_layers", int, 12),
+        layers=read_size(raw, "n_layers", 12),
         hidden=width,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=width // heads,
-        mlp=read(raw, "mlp_hidden_size", int, width * read(raw, "mlp_ratio", int, 4)),
+        mlp=read_size(raw, "mlp_hidden_size", width * read(raw, "mlp_ratio", int, 4)),
         vocab=vocab,
-        max_length=read(raw, "max_sequence_length", int, 1024),
+        max_length=read_size(raw, "max_sequence_length", 1024),
         norm_eps=read(raw, "rms_norm_eps", float, 1e-5),
         rope_theta=read(raw, "rope_theta", float, 1e4),
         rope_float32=read(raw, "rope_full_precision", bool, True),
@@ -83,7 +87,7 @@ def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
         shape=shape,
         tokens=tokens,
         sampler=SamplerDefaults(steps=128, gen_length=128, block_length=128),
-        names=tensor_names(read(raw, "block_group_size", int, 1)),
+        names=tensor_names(read_size(raw, "block_group_size", 1)),
         end_of_turn="<|eot_id|>",
         assumed=assumed,
     )
@@ -106,6 +110,11 @@ def read_tokens(raw: Mapping[str, object], vocab: int, mask_id: int | None) -> t
         ids[key] = given if given is not None else read(raw, f"{key}_token_id", int)
         if not 0 <= ids[key] < vocab:
             raise CheckpointError(f"{key} token id {ids[key]} is outside the embedding table of {vocab} rows")
+    for key in ("eos", "pad"):
+        if ids[key] == ids["mask"]:
+            raise CheckpointError(
+                f"config.json: mask and {key} are both token {ids['mask']}; the mask needs an id of its own"
+            )
     return SpecialTokens(**ids), tuple(assumed)
 
 

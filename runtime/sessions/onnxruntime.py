@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
-from dllm_export.errors import IncompatibleError
+from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import TensorType
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.session import GraphCall, Program, SessionOptions
@@ -120,16 +121,16 @@ class OnnxRuntimeSession:
 
     def _open_bound(self, graph: str) -> ort.InferenceSession:
         if (graph, None) not in self._sessions:
-            self._sessions[graph, None] = self._open(self._bundle.graph_bytes(graph), {})
+            self._sessions[graph, None] = self._open(graph, self._bundle.graph_bytes(graph), {})
         return self._sessions[graph, None]
 
     def _open_prepacked(self, call: GraphCall, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
         key = (call.graph, call.layer)
         if key not in self._sessions:
-            self._sessions[key] = self._open(self._bundle.constant_graph_bytes(call.graph), weights)
+            self._sessions[key] = self._open(call.graph, self._bundle.constant_graph_bytes(call.graph), weights)
         return self._sessions[key]
 
-    def _open(self, data: bytes, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
+    def _open(self, graph: str, data: bytes, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -138,7 +139,11 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if weights:
             options.add_external_initializers(list(weights), list(weights.values()))
-        return ort.InferenceSession(data, options, providers=[self._provider])
+        try:
+            return ort.InferenceSession(data, options, providers=[self._provider])
+        except (InvalidProtobuf, InvalidGraph, InvalidArgument, Fail) as error:
+            reason = str(error).splitlines()[0]
+            raise IntegrityError(f"graph '{graph}' of the bundle does not load in onnxruntime: {reason}") from None
 
     def _graph_weights(self, call: GraphCall) -> dict[str, ort.OrtValue]:
         """One OrtValue per stored tensor, over the mapped file on the CPU."""

@@ -41,7 +41,7 @@ _HOMES = {
     "open_bundle": "runtime.bundle",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 (the names are strings)
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

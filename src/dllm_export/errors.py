@@ -4,7 +4,8 @@ DllmExportError           exit 1   base: one or two lines with what, got, expect
 |- UsageError             exit 2   an argument, a prompt or an option is wrong
 |- CheckpointError        exit 2   the model directory cannot be exported as it is
 |- MismatchError          exit 3   two computations that must agree do not
-|- IncompatibleError     exit 4   a provider, library, format version or device does not fit
+|  `- OverflowedError     exit 3   a computation left the range of its number type
+|- IncompatibleError      exit 4   a provider, library, format version or device does not fit
 |- IntegrityError         exit 5   a file is not what its manifest says
 `- ResourceError          exit 6   disk, memory or device memory ran out
 """
@@ -34,6 +35,10 @@ class MismatchError(DllmExportError):
     """Two computations that must agree do not."""
 
     exit_code = 3
+
+
+class OverflowedError(MismatchError):
+    """A computation that left the range of its number type."""
 
 
 class IncompatibleError(DllmExportError):

@@ -18,7 +18,7 @@ from dllm_export.tools.train import Trainer, TrainOptions, learning_rate, parse_
 from dllm_export.tools.worksheets import held_out
 
 TINY = TrainOptions(
-    layers=2, hidden=64, heads=2, mlp=96, batch=4, steps=30, problems=6, rate=5e-3, warmup=5, eval_sheets=1
+    layers=2, hidden=64, heads=2, mlp=96, batch=4, steps=30, problems=6, least=0.5, rate=5e-3, warmup=5, eval_sheets=1
 )
 CONFIG_KEYS = """
 activation_type alibi alibi_bias_max architectures attention_dropout attention_layer_norm

@@ -1,0 +1,166 @@
+"""Bundle -> TensorRT engines, one per graph: weights stay inputs, so a plan is about a megabyte and serves all layers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dllm_export.errors import UsageError
+from dllm_export.exporter.tensorrt_library import TensorRt, choose_targets, load_tensorrt, require
+from dllm_export.graphs import GraphSpec
+from dllm_export.runtime.bundle import Bundle, file_digest, open_bundle
+from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Manifest, encode_manifest
+from dllm_export.runtime.options import flag, option
+
+Range = tuple[int, int, int]
+"""Smallest, usual and largest size of a dim."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """For which library, GPUs and sizes to build."""
+
+    flavour: str = option("auto", "TensorRT library", choices=("auto", "tensorrt", "tensorrt-rtx"))
+    sm: str = option("current", "compute capabilities, such as 8.9,12.0; current asks the GPU of this machine")
+    max_batch: int = option(4, "most sequences in a batch")
+    max_length: int | None = option(None, "longest prompt and response together; default: the model's own")
+    rows: int = option(256, "most rows of the response that the head looks at in a step")
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_length", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{flag(name)} is {value}, expected at least 1")
+
+
+def build_engines(
+    bundle: Bundle, options: BuildOptions, progress: Callable[[str, int, int], None] | None = None
+) -> Bundle:
+    """Build what the bundle lacks for these options; the bundle's manifest then lists the plans."""
+    library = load_tensorrt(options.flavour)
+    targets = choose_targets(library, options.sm)
+    report = progress or (lambda what, step, steps: None)
+    folder = f"engines/{library.flavour}-{library.version}-{'_'.join(targets)}"
+    manifest, steps = bundle.manifest, len(bundle.specs)
+    for number, (name, spec) in enumerate(bundle.specs.items()):
+        report(f"engine {name}", number, steps)
+        ranges = dim_ranges(spec, bundle.manifest.shape.max_length, options)
+        key = _build_key(bundle, name, library, targets, ranges)
+        if any(record.key == key for record in manifest.engines):
+            continue
+        start = time.perf_counter()
+        plan = build_plan(library, bundle.graph_bytes(name), spec, ranges, targets)
+        record = EngineRecord(
+            graph=name,
+            file=f"{folder}/{name}.plan",
+            flavour=library.flavour,
+            version=library.version,
+            targets=targets,
+            ranges={dim: ranges[dim] for dim in sorted(ranges)},
+            key=key,
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        manifest = _add_engine(bundle.path, manifest, record, plan)
+    report("engines", steps, steps)
+    return open_bundle(bundle.path)
+
+
+def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:
+    """The optimisation profile of a graph: a range for each of its dynamic dims."""
+    length = min(options.max_length or model_length, model_length)
+    rows = min(options.rows, length)
+    whole, some = (1, min(1024, length), length), (1, min(rows, 256), length)
+    by_dim: dict[str, Range] = {
+        "B": (1, 1, options.max_batch),
+        "S": whole,
+        "N": whole,
+        "X": some,
+        "Q": (1, min(64, rows), rows if spec.name.startswith("head") else length),
+    }
+    dims = {dim for tensor in spec.inputs for dim in tensor.dims if isinstance(dim, str)}
+    return {dim: by_dim[dim] for dim in dims} | ({"Q": by_dim["Q"]} if _has_budget(spec) else {})
+
+
+def build_plan(
+    library: TensorRt, onnx: bytes, spec: GraphSpec, ranges: Mapping[str, Range], targets: Sequence[str]
+) -> bytes:
+    """One serialised engine, or an error with the library's own messages."""
+    trt = library.module
+    logger = make_logger(trt)
+    builder = require(trt.Builder(logger), "create a builder", logger.messages)
+    network = require(builder.create_network(library.network_flags()), "create a network", logger.messages)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx):
+        problems = [str(parser.get_error(place).desc()) for place in range(parser.num_errors)]
+        require(None, f"parse graph '{spec.name}'", [*problems, *logger.messages])
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for tensor in spec.inputs:
+        if tensor.name == "budget":
+            profile.set_shape_input(tensor.name, *([size] for size in ranges["Q"]))
+        elif any(isinstance(dim, str) for dim in tensor.dims):
+            shapes = [[ranges[dim][at] if isinstance(dim, str) else dim for dim in tensor.dims] for at in range(3)]
+            profile.set_shape(tensor.name, *shapes)
+    if any(isinstance(dim, str) for tensor in spec.inputs for dim in tensor.dims):
+        require(config.add_optimization_profile(profile), "accept the size ranges", logger.messages)
+    if library.targets:
+        config.num_compute_capabilities = len(targets)
+        for place, target in enumerate(targets):
+            config.set_compute_capability(library.capability(target), place)
+    plan = require(builder.build_serialized_network(network, config), f"build graph '{spec.name}'", logger.messages)
+    return bytes(plan)
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger that keeps warnings and errors instead of printing them."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.messages: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.messages.append(message.strip())
+
+    return Logger()
+
+
+def _has_budget(spec: GraphSpec) -> bool:
+    return any(tensor.name == "budget" for tensor in spec.inputs)
+
+
+def _build_key(
+    bundle: Bundle, graph: str, library: TensorRt, targets: Sequence[str], ranges: Mapping[str, Range]
+) -> str:
+    """Digest of everything a plan depends on: builds of the same inputs differ in bytes, so plans cannot be compared."""
+    parts = (library.flavour, library.version, targets, dict(sorted(ranges.items())))
+    return hashlib.sha256(bundle.graph_bytes(graph) + msgspec.json.encode(parts)).hexdigest()
+
+
+def _add_engine(root: Path, manifest: Manifest, record: EngineRecord, plan: bytes) -> Manifest:
+    """Write the plan, then the manifest that lists it; each replaces its old version in one step."""
+    path = root / record.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, plan)
+    entry = FileRecord(path=record.file, size=len(plan), sha256=file_digest(path))
+    manifest = msgspec.structs.replace(
+        manifest,
+        engines=(*(other for other in manifest.engines if other.file != record.file), record),
+        files=(*(other for other in manifest.files if other.path != record.file), entry),
+    )
+    _replace(root / MANIFEST, encode_manifest(manifest))
+    return manifest
+
+
+def _replace(path: Path, data: bytes) -> None:
+    work = path.with_name(f".{path.name}.partial")
+    work.write_bytes(data)
+    os.replace(work, path)

@@ -1,0 +1,115 @@
+"""`tensorrt` 8.6 to 11 and `tensorrt_rtx` behind one small module: what differs is asked of the library, never guessed.
+
+Flag numbers move between releases (STRONGLY_TYPED is bit 2, 1 or 0), so they are composed from the names that exist, and
+every return value is checked: the library answers None or False where others raise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from dllm_export.errors import DllmExportError, IncompatibleError, UsageError
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+REFUSED_BY_RTX = ("9.0", "10.0")
+"""Compute capabilities that TensorRT for RTX does not run on: H100/H200 and B200."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRt:
+    """One installed library."""
+
+    flavour: Flavour
+    version: str
+    module: ModuleType
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Compute capabilities that can be named ahead of time, such as 8.9; empty where a build needs the GPU itself."""
+        named = getattr(self.module, "ComputeCapability", None)
+        names = [] if named is None else [name for name in dir(named) if name.startswith("SM")]
+        return tuple(
+            sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda sm: tuple(map(int, sm.split("."))))
+        )
+
+    def network_flags(self) -> int:
+        """Explicit batch and strong typing, as far as this release has them as flags."""
+        flags = self.module.NetworkDefinitionCreationFlag
+        return sum(
+            1 << int(getattr(flags, name)) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(flags, name)
+        )
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether the types written in the ONNX graph are binding (8.6 takes them as hints)."""
+        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    def capability(self, target: str) -> Any:
+        """The library's constant for a named compute capability."""
+        return getattr(self.module.ComputeCapability, "SM" + target.replace(".", ""))
+
+
+def load_tensorrt(flavour: str) -> TensorRt:
+    """The library of this flavour; `auto` takes standard TensorRT first, since it runs on every GPU."""
+    if flavour != "auto" and flavour not in MODULES:
+        raise UsageError(f"--flavour is {flavour!r}, expected auto, tensorrt or tensorrt-rtx")
+    wanted = get_args(Flavour) if flavour == "auto" else (flavour,)
+    for name in wanted:
+        try:
+            module = importlib.import_module(MODULES[name])
+        except ImportError:
+            continue
+        return TensorRt(name, str(module.__version__), module)
+    raise IncompatibleError(
+        f"no TensorRT is installed (looked for {', '.join(wanted)}): pip install 'dllm-export[{wanted[-1]}]'"
+    )
+
+
+def choose_targets(library: TensorRt, sm: str) -> tuple[str, ...]:
+    """Compute capabilities to build for, refused before anything is built where the library cannot."""
+    targets = tuple(part.strip() for part in sm.split(",") if part.strip())
+    if targets == ("current",):
+        targets = (current_capability(),)
+    elif not library.targets:
+        raise IncompatibleError(
+            f"{library.flavour} {library.version} builds only for the GPU it runs on: use --sm current, or the flavour "
+            f"tensorrt-rtx"
+        )
+    for target in targets:
+        if not library.targets:
+            continue
+        if target in REFUSED_BY_RTX:
+            raise IncompatibleError(
+                f"TensorRT for RTX does not run on compute capability {target}; use --flavour tensorrt on that GPU"
+            )
+        if target not in library.targets:
+            raise UsageError(f"--sm {target} is none of {', '.join(library.targets)}")
+    return targets
+
+
+def current_capability() -> str:
+    """Compute capability of this machine's first GPU."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    if not found:
+        raise IncompatibleError(
+            "no NVIDIA GPU answers here: name the compute capabilities to build for, as --sm 8.9,12.0"
+        )
+    return found[0]
+
+
+def require(value: Any, what: str, messages: Sequence[str]) -> Any:
+    """The value, or the library's own messages as one readable error."""
+    if value is None or value is False or (isinstance(value, int) and not isinstance(value, bool) and value < 0):
+        reason = "; ".join(dict.fromkeys(messages)) or "it gave no reason"
+        raise DllmExportError(f"TensorRT could not {what}: {reason}")
+    return value

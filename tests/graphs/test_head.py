@@ -1,0 +1,109 @@
+"""The head's statistics and the guidance residual against their formulas, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dllm_export.graphs import ModelShape
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+DrawFeeds = Callable[..., Feeds]
+RunGraph = Callable[[str, ModelShape, str, Feeds], Feeds]
+
+PLAIN = ModelShape(
+    layers=1,
+    hidden=32,
+    heads=4,
+    kv_heads=4,
+    head_dim=8,
+    mlp=48,
+    vocab=50,
+    max_length=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+)
+SHAPES = [PLAIN, replace(PLAIN, tied_head=True), replace(PLAIN, logits_scale=0.3)]
+EXACT = 1e-12
+
+
+def normalize(shape: ModelShape, x: Array, weight: Array) -> Array:
+    root: Array = np.sqrt((x**2).mean(-1, keepdims=True) + shape.norm_eps)
+    return x / root * weight
+
+
+def logits_of(shape: ModelShape, feeds: Feeds, hidden: Array) -> Array:
+    """Logits of the candidate rows without the bias."""
+    chosen = np.take_along_axis(hidden, feeds["index"][:, :, None].astype(np.int64), axis=1)
+    head = feeds["embedding"].T if shape.tied_head else feeds["head"]
+    logits: Array = normalize(shape, chosen, feeds["norm"]) @ head * shape.logits_scale
+    return logits
+
+
+def probabilities(logits: Array) -> Array:
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    share: Array = weights / weights.sum(-1, keepdims=True)
+    return share
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "tied", "scaled"])
+def test_the_head_returns_the_statistics_of_the_softmax(
+    shape: ModelShape, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(shape, "head")
+    feeds["bias"] = np.zeros(shape.vocab)
+    found, logits = run_graph("float64", shape, "head", feeds), logits_of(shape, feeds, feeds["hidden"])
+    share = probabilities(logits)
+    best, second = np.sort(share, axis=-1)[..., -1], np.sort(share, axis=-1)[..., -2]
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    assert found["token"].tolist() == order[..., 0].tolist()
+    assert found["top_tokens"].tolist() == order.tolist()
+    np.testing.assert_allclose(found["top_logits"], np.take_along_axis(logits, order, -1), rtol=0, atol=EXACT)
+    np.testing.assert_allclose(found["confidence"], best, rtol=0, atol=EXACT)
+    np.testing.assert_allclose(found["margin"], best - second, rtol=0, atol=EXACT)
+    np.testing.assert_allclose(found["entropy"], -(share * np.log(share)).sum(-1), rtol=0, atol=EXACT)
+    np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(logits).sum(-1)), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("reading", ["float64", "onnxruntime"])
+def test_a_banned_token_is_never_proposed_and_counts_for_nothing(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(PLAIN, "head")
+    feeds["bias"] = np.zeros(PLAIN.vocab)
+    free = run_graph(reading, PLAIN, "head", feeds)
+    banned = int(free["token"][0, 0])
+    feeds["bias"][banned] = -1e30
+    found = run_graph(reading, PLAIN, "head", feeds)
+    logits = np.delete(logits_of(PLAIN, feeds, feeds["hidden"]), banned, axis=-1)
+    assert (found["token"] != banned).all()
+    assert (found["top_tokens"][..., -1] == banned).all()
+    tolerance = EXACT if reading == "float64" else 1e-5
+    np.testing.assert_allclose(found["confidence"], probabilities(logits).max(-1), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(logits).sum(-1)), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "tied", "scaled"])
+def test_the_guidance_residual_gives_the_logits_of_classifier_free_guidance(
+    scale: float, shape: ModelShape, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    """uncond + (scale + 1)(cond - uncond), from numbers of the width of the model instead of the vocabulary."""
+    feeds = {**draw_feeds(shape, "head_guided"), "cfg_scale": np.array([scale]), "bias": np.zeros(shape.vocab)}
+    other = np.random.default_rng(9).normal(size=feeds["hidden"].shape)
+    residual = {"hidden": feeds["hidden"], "unconditional": other, "norm": feeds["norm"]}
+    feeds["guidance"] = run_graph("float64", shape, "guidance", residual)["guidance_out"]
+    found = run_graph("float64", shape, "head_guided", feeds)
+    conditional, unconditional = (logits_of(shape, feeds, hidden) for hidden in (feeds["hidden"], other))
+    guided = unconditional + (scale + 1) * (conditional - unconditional)
+    for tokens, logits, expected in zip(found["top_tokens"][0], found["top_logits"][0], guided[0], strict=True):
+        np.testing.assert_allclose(logits, expected[tokens], rtol=0, atol=EXACT)
+    np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(guided).sum(-1)), rtol=0, atol=EXACT)
+    if scale == 0:
+        np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(conditional).sum(-1)), rtol=0, atol=EXACT)

@@ -1,0 +1,211 @@
+"""Which rows a layer graph recomputes, and what happens to the others; in float64 and on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dllm_export.graphs import ModelShape
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+DrawFeeds = Callable[..., Feeds]
+RunGraph = Callable[[str, ModelShape, str, Feeds], Feeds]
+
+SHAPE = ModelShape(
+    layers=2,
+    hidden=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=48,
+    vocab=71,
+    max_length=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    qkv_bias=True,
+)
+BATCH, LENGTH, ALIVE = 2, 12, 7
+READINGS = ["float64", "onnxruntime"]
+every_reading = pytest.mark.parametrize("reading", READINGS)
+
+
+def close(reading: str, found: Array, expected: Array) -> None:
+    rtol, atol = (0.0, 1e-12) if reading == "float64" else (1e-3, 1e-5)
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+
+
+def rows(array: Array, index: Array) -> Array:
+    """array [B, N, D], index [B, Q] -> [B, Q, D]."""
+    return np.take_along_axis(array, index[:, :, None].astype(np.int64), axis=1)
+
+
+def as_seen(reading: str, array: Array) -> Array:
+    """A cache as the graph gets it."""
+    return array if reading == "float64" else array.astype(np.float32)
+
+
+def place_rows(feeds: Feeds, index: Array) -> Feeds:
+    """The same inputs with these rows as the alive ones."""
+    slot, fresh = np.zeros((BATCH, LENGTH), np.int32), np.zeros((BATCH, LENGTH), np.bool_)
+    for row, places in enumerate(index):
+        slot[row, places], fresh[row, places] = np.arange(len(places)), True
+    return {**feeds, "index": index.astype(np.int32), "slot": slot, "fresh": fresh}
+
+
+# -- layer_partial
+@every_reading
+@pytest.mark.parametrize("content", [0.0, 1e3, np.nan, np.inf])
+def test_a_partial_layer_over_all_rows_equals_the_full_layer_whatever_the_cache_holds(
+    content: float, reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    full = draw_feeds(SHAPE, "layer_full")
+    cache = np.full((BATCH, LENGTH, SHAPE.key_width), content)
+    feeds = place_rows({**full, "key": cache, "value": cache}, np.tile(np.arange(LENGTH), (BATCH, 1)))
+    expected, found = run_graph(reading, SHAPE, "layer_full", full), run_graph(reading, SHAPE, "layer_partial", feeds)
+    for name, value in expected.items():
+        close(reading, found[name], value)
+
+
+@every_reading
+def test_the_order_of_the_rows_does_not_matter(reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    feeds = draw_feeds(SHAPE, "layer_partial", Q=5)
+    order = np.array([3, 0, 4, 1, 2])
+    shuffled = place_rows({**feeds, "hidden": feeds["hidden"][:, order]}, feeds["index"][:, order])
+    before, after = (run_graph(reading, SHAPE, "layer_partial", each) for each in (feeds, shuffled))
+    for name in ("hidden_out", "delta_out"):
+        close(reading, after[name], before[name][:, order])
+    for name in ("key_out", "value_out"):
+        close(reading, after[name], before[name])
+
+
+@every_reading
+def test_rows_that_are_not_recomputed_keep_their_cache_to_the_last_bit(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_partial")
+    found = run_graph(reading, SHAPE, "layer_partial", feeds)
+    for name in ("key", "value"):
+        old, new = as_seen(reading, feeds[name]), found[f"{name}_out"]
+        np.testing.assert_array_equal(new[~feeds["fresh"]], old[~feeds["fresh"]])
+        assert (new[feeds["fresh"]] != old[feeds["fresh"]]).all()
+
+
+@every_reading
+def test_keys_that_the_mask_hides_have_no_influence(reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    feeds = place_rows(draw_feeds(SHAPE, "layer_partial"), np.tile(np.arange(8, 12), (BATCH, 1)))
+    changed = {name: np.where(feeds["mask"][:, :, None], feeds[name], 50.0) for name in ("key", "value")}
+    assert any((changed[name] != feeds[name]).any() for name in changed)
+    before, after = (run_graph(reading, SHAPE, "layer_partial", each) for each in (feeds, {**feeds, **changed}))
+    np.testing.assert_array_equal(after["hidden_out"], before["hidden_out"])
+    visible = {name: feeds[name] + 1.0 for name in ("key", "value")}
+    assert (
+        run_graph(reading, SHAPE, "layer_partial", {**feeds, **visible})["hidden_out"] != before["hidden_out"]
+    ).any()
+
+
+# -- layer_adaptive
+@every_reading
+def test_an_adaptive_layer_with_a_budget_for_all_rows_equals_the_partial_layer(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = {**draw_feeds(SHAPE, "layer_adaptive"), "budget": np.array([ALIVE])}
+    partial = {name: array for name, array in feeds.items() if name not in ("delta", "budget", "forced")}
+    found, expected = (
+        run_graph(reading, SHAPE, graph, each)
+        for graph, each in (("layer_adaptive", feeds), ("layer_partial", partial))
+    )
+    for name, value in expected.items():
+        close(reading, found[name], value)
+    assert np.sort(found["index_out"]).tolist() == [list(range(LENGTH - ALIVE, LENGTH))] * BATCH
+
+
+@every_reading
+def test_an_adaptive_layer_picks_forced_rows_and_then_those_that_drifted_most(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_adaptive")
+    feeds["forced"] = np.zeros((BATCH, ALIVE), np.bool_)
+    feeds["forced"][0, 4] = True
+    found = run_graph(reading, SHAPE, "layer_adaptive", feeds)
+    score = np.where(feeds["forced"], np.inf, found["drift"])
+    expected = np.argsort(-score, axis=1, kind="stable")[:, :3] + LENGTH - ALIVE
+    assert found["index_out"].tolist() == expected.tolist()
+    new, old = found["value_out"][:, LENGTH - ALIVE :], as_seen(reading, feeds["value"])[:, LENGTH - ALIVE :]
+    cosine = (new * old).sum(-1) / (np.linalg.norm(new, axis=-1) * np.linalg.norm(old, axis=-1))
+    np.testing.assert_allclose(found["drift"], 1 - 1e-6 - cosine, atol=1e-5)
+
+
+@every_reading
+def test_rows_that_are_not_picked_advance_by_their_cached_delta_and_keep_their_key(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_adaptive")
+    found = run_graph(reading, SHAPE, "layer_adaptive", feeds)
+    old = {name: as_seen(reading, feeds[name]) for name in ("hidden", "delta", "key", "value")}
+    picked = np.zeros((BATCH, LENGTH), np.bool_)
+    np.put_along_axis(picked, found["index_out"].astype(np.int64), True, axis=1)
+    alive = picked[:, LENGTH - ALIVE :]
+    np.testing.assert_array_equal(found["delta_out"][~alive], old["delta"][~alive])
+    np.testing.assert_array_equal(found["hidden_out"][~alive], (old["hidden"] + old["delta"])[~alive])
+    np.testing.assert_array_equal(found["key_out"][~picked], old["key"][~picked])
+    assert (found["key_out"][picked] != old["key"][picked]).all()
+    assert (found["delta_out"][alive] != old["delta"][alive]).all()
+    assert (found["value_out"][feeds["fresh"]] != old["value"][feeds["fresh"]]).all(), "values are stored for all rows"
+
+
+@every_reading
+def test_a_row_that_is_alive_but_not_fresh_keeps_its_cached_value(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_adaptive")
+    feeds["fresh"][:, 8:] = False
+    found = run_graph(reading, SHAPE, "layer_adaptive", feeds)
+    for name in ("key", "value"):
+        np.testing.assert_array_equal(found[f"{name}_out"][:, 8:], as_seen(reading, feeds[name])[:, 8:])
+    assert (found["value_out"][:, 5:8] != as_seen(reading, feeds["value"])[:, 5:8]).all()
+
+
+@every_reading
+def test_rows_that_did_not_change_tie_and_the_leftmost_is_picked(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    """A row changes here by rounding alone: the cached values are those of the other precision."""
+    feeds = {**draw_feeds(SHAPE, "layer_adaptive"), "forced": np.zeros((BATCH, ALIVE), np.bool_)}
+    other = run_graph("float32", SHAPE, "layer_adaptive", feeds)
+    feeds["value"] = other["value_out"].astype(np.float64)
+    found = run_graph(reading, SHAPE, "layer_adaptive", feeds)
+    assert found["drift"].tolist() == [[0.0] * ALIVE] * BATCH
+    assert found["index_out"].tolist() == [[5, 6, 7]] * BATCH
+    feeds["value"][1, 9] *= -1
+    assert run_graph(reading, SHAPE, "layer_adaptive", feeds)["index_out"].tolist() == [[5, 6, 7], [9, 5, 6]]
+
+
+@every_reading
+def test_a_row_of_zeros_counts_as_changed(reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    feeds = draw_feeds(SHAPE, "layer_adaptive")
+    feeds["value"][:, 9] = 0.0
+    found = run_graph(reading, SHAPE, "layer_adaptive", feeds)
+    np.testing.assert_allclose(found["drift"][:, 4], 1 - 1e-6, rtol=1e-6)
+
+
+# -- layer_skip, gather, head
+@every_reading
+def test_a_skipped_layer_adds_the_cached_delta(reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    feeds = draw_feeds(SHAPE, "layer_skip")
+    found = run_graph(reading, SHAPE, "layer_skip", feeds)["hidden_out"]
+    np.testing.assert_array_equal(found, as_seen(reading, feeds["hidden"]) + as_seen(reading, feeds["delta"]))
+
+
+@every_reading
+def test_gather_takes_rows_of_each_sequence_repeated_ones_too(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "gather", Q=3)
+    feeds["index"] = np.array([[4, 0, 4], [8, 7, 1]], np.int32)
+    found = run_graph(reading, SHAPE, "gather", feeds)["hidden_out"]
+    np.testing.assert_array_equal(found, rows(as_seen(reading, feeds["hidden"]), feeds["index"]))

@@ -1,0 +1,124 @@
+"""ONNX Runtime against torch, token for token in float32, and requests that must not influence one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
+
+OpenModel = Callable[[str], DiffusionLM]
+
+PROMPTS = [np.random.default_rng(length).integers(0, 90, length).tolist() for length in (17, 9, 14)]
+POLICIES: Mapping[str, CachePolicy] = {
+    "none": NoCache(),
+    "refresh-all": DllmCache(prompt_interval=1, response_interval=1),
+    "short": DllmCache(prompt_interval=5, response_interval=3),
+    "multiple": DllmCache(prompt_interval=6, response_interval=2, update_ratio=0.5),
+    "prompt-only": DllmCache(prompt_interval=4, response_interval=1),
+    "update-none": DllmCache(prompt_interval=5, response_interval=3, update_ratio=0.0),
+    "update-all": DllmCache(prompt_interval=5, response_interval=3, update_ratio=1.0),
+    "too-few-rows": DllmCache(prompt_interval=3, response_interval=4, update_ratio=0.01),
+    "no-first-layer-rule": DllmCache(prompt_interval=5, response_interval=3, first_layer_rule=False),
+}
+OPTIONS: Mapping[str, dict[str, Any]] = {
+    "plain": {},
+    "blocks": {"block_length": 4, "steps": 12},
+    "temperature": {"temperature": 0.9, "seed": 3},
+    "random remasking": {"remasking": "random", "block_length": 8},
+    "guidance": {"cfg_scale": 1.5, "cfg_interval": 2},
+    "end options": {"logits_eos_inf": True, "confidence_eos_eot_inf": True, "temperature": 0.5},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same bundle on both providers."""
+
+    onnxruntime: DiffusionLM
+    torch: DiffusionLM
+
+
+@pytest.fixture(scope="module")
+def pair(open_model: OpenModel) -> Pair:
+    return Pair(open_model("onnxruntime"), open_model("torch"))
+
+
+def tokens(
+    lm: DiffusionLM, options: GenerationOptions, policy: CachePolicy, prompts: list[list[int]] = PROMPTS
+) -> list[tuple[int, ...]]:
+    return [result.tokens for result in lm.run(lm.continuation(prompts, options), options, policy)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_onnxruntime_gives_the_tokens_of_torch(policy: str, option: str, pair: Pair) -> None:
+    options = GenerationOptions(gen_length=16, **OPTIONS[option])
+    results = [tokens(lm, options, POLICIES[policy]) for lm in (pair.onnxruntime, pair.torch)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("option", ["plain", "temperature", "guidance"])
+@pytest.mark.parametrize("policy", ["none", "short", "update-none"])
+@pytest.mark.parametrize("provider", ["onnxruntime", "torch"])
+def test_a_batch_gives_what_each_prompt_gives_alone(provider: str, policy: str, option: str, pair: Pair) -> None:
+    lm: DiffusionLM = getattr(pair, provider)
+    options = {"gen_length": 16, "seed": 3, **OPTIONS[option]}
+    together = tokens(lm, GenerationOptions(**options), POLICIES[policy])
+    for row, prompt in enumerate(PROMPTS):
+        alone = GenerationOptions(**{**options, "seed": options["seed"] + row})
+        assert tokens(lm, alone, POLICIES[policy], [prompt]) == [together[row]]
+
+
+def test_a_seed_decides_the_text_and_another_seed_gives_another(pair: Pair) -> None:
+    def draw(lm: DiffusionLM, seed: int) -> list[tuple[int, ...]]:
+        return tokens(lm, GenerationOptions(gen_length=16, temperature=1.0, seed=seed), POLICIES["short"])
+
+    assert draw(pair.onnxruntime, 7) == draw(pair.onnxruntime, 7) == draw(pair.torch, 7)
+    assert draw(pair.onnxruntime, 7) != draw(pair.onnxruntime, 11)
+
+
+def test_the_caches_of_one_request_do_not_reach_the_next(pair: Pair, open_model: OpenModel) -> None:
+    """The buffers of a request shape are used again; here by texts of other lengths and another policy."""
+    lm, options = open_model("onnxruntime"), GenerationOptions(gen_length=16, cfg_scale=0.5)
+    used, fresh = [PROMPTS[0], PROMPTS[1]], [PROMPTS[2], PROMPTS[0]]
+    tokens(lm, options, POLICIES["update-none"], used)
+    assert tokens(lm, options, POLICIES["short"], fresh) == tokens(pair.torch, options, POLICIES["short"], fresh)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["two models", "one model"])
+@pytest.mark.parametrize("providers", [("onnxruntime", "onnxruntime"), ("torch", "torch"), ("onnxruntime", "torch")])
+def test_two_requests_step_by_step_in_turn_give_what_each_gives_alone(
+    providers: tuple[str, str], same: bool, open_model: OpenModel
+) -> None:
+    lms = [open_model(provider) for provider in providers]
+    lms = [lms[0], lms[0]] if same else lms
+    settings = [
+        (GenerationOptions(gen_length=16, temperature=0.8), POLICIES["short"], PROMPTS[:2]),
+        (GenerationOptions(gen_length=16, cfg_scale=1.0), POLICIES["no-first-layer-rule"], [PROMPTS[2], PROMPTS[0]]),
+    ]
+    alone = [tokens(lm, *setting) for lm, setting in zip(lms, settings, strict=True)]
+    streams = [
+        lm.stream(lm.continuation(prompts, options), options, policy)
+        for lm, (options, policy, prompts) in zip(lms, settings, strict=True)
+    ]
+    last = [next(streams[0]), next(streams[1])]
+    for frames in zip_longest(*streams):
+        last = [frame or kept for frame, kept in zip(frames, last, strict=True)]
+    assert [[tuple(row) for row in frame.tokens.tolist()] for frame in last] == alone
+
+
+def test_a_request_that_was_left_halfway_does_not_reach_the_next(open_model: OpenModel) -> None:
+    lm, options, policy = open_model("onnxruntime"), GenerationOptions(gen_length=16), POLICIES["short"]
+    expected = tokens(lm, options, policy)
+    frames = lm.stream(lm.continuation(PROMPTS, options), options, policy)
+    for _ in range(4):
+        next(frames)
+    assert tokens(lm, options, policy) == expected

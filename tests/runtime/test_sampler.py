@@ -1,0 +1,112 @@
+"""From head statistics to committed rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dllm_export.runtime.head import Candidates, bucket
+from dllm_export.runtime.sampler import commit, propose
+
+RANKINGS = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]), min_size=1, max_size=30).map(np.array)
+
+
+def candidates(logits: NDArray[np.float64]) -> Candidates:
+    """What the head returns for one sequence with these logits [Q, V]."""
+    order = np.argsort(-logits, axis=1, kind="stable")
+    total = np.log(np.exp(logits).sum(1))
+    ordered = np.take_along_axis(logits, order, 1)
+    return Candidates(order[None].astype(np.int32), ordered[None].astype(np.float32), total[None].astype(np.float32))
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+LOGITS = rng(1).normal(size=(6, 9)) * 2
+
+
+@given(RANKINGS, st.integers(0, 40))
+def test_commit_takes_the_quota_and_no_better_row_is_left(ranking: NDArray[np.float64], quota: int) -> None:
+    chosen = commit(ranking, quota)
+    assert len(chosen) == min(quota, len(ranking))
+    assert len(set(chosen.tolist())) == len(chosen)
+    left = np.setdiff1d(np.arange(len(ranking)), chosen)
+    if len(chosen) and len(left):
+        assert ranking[chosen].min() >= ranking[left].max()
+
+
+@given(RANKINGS, st.integers(1, 40))
+def test_commit_prefers_the_leftmost_of_equals(ranking: NDArray[np.float64], quota: int) -> None:
+    expected = sorted(range(len(ranking)), key=lambda row: (-ranking[row], row))[:quota]
+    assert commit(ranking, quota).tolist() == expected
+
+
+@given(st.integers(0, 500), st.integers(1, 256))
+def test_a_bucket_holds_its_candidates_in_a_power_of_two(count: int, largest: int) -> None:
+    size = bucket(min(count, largest), largest)
+    assert min(count, largest) <= size <= largest
+    assert size == largest or size & (size - 1) == 0
+    assert size < 2 * max(count, 1)
+
+
+def test_at_temperature_zero_the_best_token_is_proposed_with_its_probability() -> None:
+    proposal = propose(candidates(LOGITS), 0, 6, temperature=0.0, rng=rng())
+    probability = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
+    assert proposal.tokens.tolist() == LOGITS.argmax(1).tolist()
+    np.testing.assert_allclose(proposal.confidence, probability.max(1), rtol=1e-6)
+
+
+def test_rows_beyond_the_count_are_padding() -> None:
+    assert len(propose(candidates(LOGITS), 0, 2, temperature=0.0, rng=rng()).tokens) == 2
+    assert len(propose(candidates(LOGITS), 0, 0, temperature=0.7, rng=rng()).tokens) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_temperature_draws_from_the_softmax_of_the_divided_logits(temperature: float) -> None:
+    draws, row = 20_000, LOGITS[0]
+    found = propose(candidates(np.tile(row, (draws, 1))), 0, draws, temperature=temperature, rng=rng()).tokens
+    expected = np.exp(row / temperature) / np.exp(row / temperature).sum()
+    shares = np.bincount(found, minlength=len(row)) / draws
+    np.testing.assert_allclose(shares, expected, atol=5 * (0.25 / draws) ** 0.5)
+
+
+def test_the_noise_does_not_reach_the_confidence() -> None:
+    proposal = propose(candidates(LOGITS), 0, 6, temperature=3.0, rng=rng(4))
+    probability = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
+    assert proposal.tokens.tolist() != LOGITS.argmax(1).tolist()
+    np.testing.assert_allclose(proposal.confidence, probability[np.arange(6), proposal.tokens], rtol=1e-6)
+
+
+def test_the_generator_alone_decides_a_draw() -> None:
+    draw = [propose(candidates(LOGITS), 0, 6, temperature=2.0, rng=rng(seed)).tokens.tolist() for seed in (5, 5, 6)]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_a_draw_of_zero_noise_is_finite() -> None:
+    class Zeros(np.random.Generator):
+        def random(self, *_: object, **__: object) -> NDArray[np.float64]:  # type: ignore[override]
+            return np.zeros((6, 9))
+
+    proposal = propose(candidates(LOGITS), 0, 6, temperature=1.0, rng=Zeros(np.random.PCG64(0)))
+    assert proposal.tokens.tolist() == LOGITS.argmax(1).tolist()
+
+
+def test_tokens_that_are_ranked_last_get_no_confidence_and_others_are_normalised_without_them() -> None:
+    last = int(LOGITS[0].argmax())
+    rest = np.delete(np.exp(LOGITS), last, axis=1).sum(1)
+    proposal = propose(
+        candidates(LOGITS),
+        0,
+        6,
+        temperature=0.0,
+        rng=rng(),
+        ranking_logsumexp=np.log(rest)[None].astype(np.float32),
+        ranked_last=frozenset({last}),
+    )
+    assert proposal.tokens.tolist() == LOGITS.argmax(1).tolist(), "the option ranks, it does not forbid"
+    expected = np.where(proposal.tokens == last, 0.0, np.exp(LOGITS).max(1) / rest)
+    np.testing.assert_allclose(proposal.confidence, expected, rtol=1e-6)

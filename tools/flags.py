@@ -1,0 +1,204 @@
+"""Command-line flags made from dataclass fields: an option is declared once, where it is used."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import click
+
+from dllm_export.errors import UsageError
+from dllm_export.runtime.options import flag
+from dllm_export.runtime.policies import POLICIES, CachePolicy, find_policy
+
+Callback = TypeVar("Callback", bound=Callable[..., object])
+Decorator = Callable[[Callback], Callback]
+
+TYPES: Mapping[type, click.ParamType[Any]] = {
+    int: click.INT,
+    float: click.FLOAT,
+    str: click.STRING,
+    Path: click.Path(path_type=Path),
+}
+
+
+class Flag(click.Option):
+    """An option that knows the section of the help text it belongs to."""
+
+    def __init__(self, declarations: list[str], *, section: str = "Options", **settings: Any) -> None:
+        super().__init__(declarations, **settings)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help groups its flags by section, in the order of their declaration."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "section", "Output"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def from_fields(options: type[Any], parameter: str, section: str) -> Decorator[Any]:
+    """A decorator: one flag per field of the dataclass; the command gets the finished instance as `parameter`."""
+    hints = get_type_hints(options)
+
+    def decorate(command: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(command)
+        def call(**values: Any) -> object:
+            own = {field.name: values.pop(field.name) for field in fields(options)}
+            return command(**values, **{parameter: options(**own)})
+
+        decorated: Callable[..., object] = call
+        for field in reversed(fields(options)):
+            decorated = make_flag(field, hints[field.name], section, field.default)(decorated)
+        return decorated
+
+    return decorate
+
+
+def policy_flags(section: str) -> Decorator[Any]:
+    """A decorator: `--policy` and the fields of all policies; the command gets the chosen policy as `policy`."""
+    owners: dict[str, list[str]] = {}
+    for name, kind in POLICIES.items():
+        for field in fields(kind):
+            owners.setdefault(field.name, []).append(name)
+
+    def decorate(command: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(command)
+        def call(*, policy: str, **values: Any) -> object:
+            own = {name: values.pop(name) for name in owners}
+            return command(**values, policy=make_policy(policy, own))
+
+        decorated: Callable[..., object] = call
+        for name, policies in reversed(owners.items()):
+            kind = POLICIES[policies[0]]
+            field = next(field for field in fields(kind) if field.name == name)
+            note = f"[{', '.join(policies)}; default: {_show(field.default, field.name)}]"
+            decorated = make_flag(field, get_type_hints(kind)[name], section, None, note)(decorated)
+        choice = click.option(
+            "--policy",
+            cls=Flag,
+            section=section,
+            default="none",
+            show_default=True,
+            metavar="|".join(POLICIES),
+            help="which features to take from the cache",
+        )
+        return choice(decorated)
+
+    return decorate
+
+
+def make_policy(name: str, values: Mapping[str, Any]) -> CachePolicy:
+    """The policy of this name with the values that were given (not None)."""
+    kind = find_policy(name)
+    given = {field: value for field, value in values.items() if value is not None}
+    for field in given:
+        if field not in {own.name for own in fields(kind)}:
+            owners = [other for other, its in POLICIES.items() if field in {own.name for own in fields(its)}]
+            raise UsageError(
+                f"{flag(field)} is no option of the policy '{name}', it belongs to: {', '.join(owners)}; "
+                f"add --policy {owners[0]} or leave it out"
+            )
+    return kind(**given)
+
+
+def make_flag(field: Field[Any], hint: object, section: str, default: object, note: str = "") -> Decorator[Any]:
+    """The flag of one field. A default of None means that the flag may stay unset."""
+    name, help_text = flag(field.name), f"{field.metadata['help']}  {note}".rstrip()
+    kind = plain_type(hint)
+    if kind is bool:
+        # A field that is off by default needs no flag to switch it off.
+        declaration = name if field.default is False else f"{name}/{flag('no_' + field.name)}"
+        settings: dict[str, Any] = {"is_flag": True, "show_default": default is True}
+    else:
+        declaration = name
+        settings = {"type": _parameter_type(field, kind), "show_default": default is not None}
+    required = default is MISSING
+    return click.option(
+        declaration,
+        field.name,
+        cls=Flag,
+        section=section,
+        default=None if required else default,
+        required=required,
+        help=help_text,
+        **settings,
+    )
+
+
+def plain_type(hint: object) -> object:
+    """The hint without `None`: `int | None` -> int."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (member for member in get_args(hint) if member is not type(None))
+    return hint
+
+
+def shared_flags(command: Callable[..., object]) -> Callable[..., object]:
+    """`--json` (the command gets `as_json`) and `--debug`, which `main` looks for itself."""
+    debug = click.option(
+        "--debug",
+        cls=Flag,
+        section="Output",
+        is_flag=True,
+        expose_value=False,
+        help="show the traceback of an error",
+    )
+    as_json = click.option(
+        "--json", "as_json", cls=Flag, section="Output", is_flag=True, help="print the result as JSON on stdout"
+    )
+    return as_json(debug(command))
+
+
+def report_flag(command: Callable[..., object]) -> Callable[..., object]:
+    """`--report FILE`: the JSON of the result in a file as well (the command gets `report`)."""
+    return click.option(
+        "--report",
+        cls=Flag,
+        section="Output",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        callback=check_report,
+        help="write the result as JSON to this file as well",
+    )(command)
+
+
+def check_report(_context: click.Context, _flag: click.Parameter, path: Path | None) -> Path | None:
+    """The path, refused before anything runs if its directory is missing."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"the directory {path.parent} does not exist")
+    return path
+
+
+def describe(values: object) -> dict[str, object]:
+    """Field names and values of an options dataclass, for reports."""
+    return dict(_pairs(values))
+
+
+def _pairs(values: Any) -> Iterator[tuple[str, object]]:
+    for field in fields(values):
+        yield field.name, getattr(values, field.name)
+
+
+def _parameter_type(field: Field[Any], kind: object) -> click.ParamType[Any]:
+    choices = field.metadata.get("choices") or (get_args(kind) if get_origin(kind) is Literal else None)
+    if choices:
+        return click.Choice(choices)
+    assert isinstance(kind, type)
+    return TYPES[kind]
+
+
+def _show(default: object, name: str) -> str:
+    if isinstance(default, bool):
+        return flag(name if default else f"no_{name}")
+    return str(default)

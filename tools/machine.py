@@ -1,0 +1,121 @@
+"""What a machine has: interpreter, cores, memory, disk, packages and GPUs. Imports none of the packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dllm_export import __version__
+
+REFUSED_BY_RTX = ("9.0", "10.0")
+"""Compute capabilities that TensorRT for RTX does not load on."""
+
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "numpy": ("numpy",),
+    "tokenizers": ("tokenizers",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "torch": ("torch",),
+    "onnx": ("onnx",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt_rtx"),
+    "cuda": ("cuda-python", "cuda-bindings"),
+}
+"""Package -> the names it is distributed under."""
+
+EXTRAS: Mapping[str, str] = {
+    "cuda": "tensorrt",
+    "onnx": "export",
+    "onnxruntime": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "torch": "export",
+}
+"""Package -> the extra of dllm-export that brings it; the others always come along."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A GPU as nvidia-smi describes it."""
+
+    name: str
+    driver: str
+    capability: str
+
+    @property
+    def runs_rtx(self) -> bool:
+        """Whether TensorRT for RTX accepts it."""
+        return self.capability not in REFUSED_BY_RTX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Facts for a report. Memory and disk in bytes; None where the system does not tell."""
+
+    version: str
+    python: str
+    platform: str
+    cpus: int
+    memory: int | None
+    disk: int
+    packages: Mapping[str, str | None]
+    gpus: tuple[Gpu, ...]
+
+
+def inspect_machine(place: Path) -> Machine:
+    """This machine, with the free space on the disk of `place`."""
+    return Machine(
+        version=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory=find_memory(),
+        disk=shutil.disk_usage(place).free,
+        packages={name: find_version(name) for name in PACKAGES},
+        gpus=tuple(find_gpus()),
+    )
+
+
+def find_version(package: str) -> str | None:
+    """The installed version, or None."""
+    for distribution in PACKAGES[package]:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def pip_line(package: str) -> str:
+    """What installs the package."""
+    return f"pip install 'dllm-export[{EXTRAS[package]}]'" if package in EXTRAS else "pip install dllm-export"
+
+
+def find_memory() -> int | None:
+    """Bytes of memory that processes here may use: the machine's, or the container's limit."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdecimal() else total
+
+
+def find_gpus() -> Iterator[Gpu]:
+    """The GPUs that nvidia-smi lists; none where it is missing or fails."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if result.returncode:
+        return
+    for line in result.stdout.splitlines():
+        name, driver, capability = (part.strip() for part in line.rsplit(",", 2))
+        yield Gpu(name=name, driver=driver, capability=capability)
