@@ -37,5 +37,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) --no-deps --retries 1 --timeout 20 --index-url $(TORCH_INDEX) torch 2>/dev/null || \
 	  echo "set-up: no CPU build of torch at $(TORCH_INDEX); taking the default index's build, on Linux several GB with CUDA"
 	@echo "set-up: installing dllm-export and its tools (a few minutes the first time)"
-	@$(PIP_INSTALL) -e '.[export,onnxruntime,dev]'
+	@$(PIP_INSTALL) -e '.[export,onnxruntime,tensorrt-rtx,dev]'
 	@touch $@

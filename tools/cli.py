@@ -34,6 +34,7 @@ class Entry:
 
 COMMANDS: Mapping[str, Entry] = {
     "export": Entry("export_bundle", "Turn a model directory into a bundle of ONNX graphs and weights."),
+    "build": Entry("build_engines", "Build TensorRT engines of a bundle's graphs."),
     "verify": Entry("verify_bundle", "Check that a bundle computes what its checkpoint computes."),
     "generate": Entry("generate_text", "Generate text, or fill masks in a text."),
     "inspect": Entry("inspect_bundle", "Show what is in a bundle."),

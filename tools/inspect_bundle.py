@@ -82,6 +82,9 @@ def summarize(bundle: Path, manifest: Manifest, mask: str | None, problems: list
         },
         "bindings": _count_bindings(manifest),
         "files": [{"path": record.path, "bytes": record.size} for record in manifest.files],
+        "engines": [
+            {"graph": record.graph, "file": record.file, "targets": record.targets} for record in manifest.engines
+        ],
         "assumed": manifest.assumed,
         "tools": manifest.tools,
         "problems": problems,

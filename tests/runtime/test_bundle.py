@@ -19,7 +19,7 @@ from dllm_export.errors import IncompatibleError, IntegrityError, UsageError
 from dllm_export.exporter.pack import list_files
 from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import ModelShape
-from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, open_bundle
 from dllm_export.runtime.manifest import MANIFEST, FileRecord, WeightRecord, encode_manifest
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
@@ -359,20 +359,54 @@ def test_a_bound_graph_that_refers_to_data_outside_itself_is_refused(
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../weights/model.safetensors"])
-@pytest.mark.parametrize("change", ["one more", "instead"])
+@pytest.mark.parametrize("change", ["one more", "instead", "instead, and the right word in a text"])
 def test_a_constant_graph_that_refers_to_a_file_is_refused(
     change: str, location: str, rewrite: Rewrite, copy: Path
 ) -> None:
     def edit(graph: onnx.GraphProto) -> None:
-        if change == "instead":
+        if change != "one more":
             external = [tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
             graph.initializer.remove(external[0])
+        if change.endswith("in a text"):
+            graph.doc_string = PLACEHOLDER
         outside_data(graph, location)
 
     edit_graph(copy / "graphs/layer_full.constant.onnx", edit)
     bundle = open_bundle(rewrite())
     with pytest.raises(IntegrityError, match=r"layer_full.*data"):
         bundle.constant_graph_bytes("layer_full")
+
+
+def test_a_reference_that_is_overwritten_within_its_entry_is_refused(rewrite: Rewrite, copy: Path) -> None:
+    file = copy / "graphs/embed.constant.onnx"
+    model = onnx.load_model_from_string(file.read_bytes())
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL)
+    entry = tensor.external_data[0].SerializeToString()
+    assert PLACEHOLDER.encode() in entry
+    # Of two values of one field protobuf takes the last. Its writer would tidy this up, hence the work on bytes.
+    overwritten = entry + b"\x12\x0b/etc/passwd"
+    stolen = replace_message(tensor.SerializeToString(), entry, overwritten)
+    graph = replace_message(model.graph.SerializeToString(), tensor.SerializeToString(), stolen)
+    file.write_bytes(replace_message(model.SerializeToString(), model.graph.SerializeToString(), graph))
+    (read,) = onnx.load_model_from_string(file.read_bytes()).graph.initializer
+    assert read.external_data[0].value == "/etc/passwd"
+    bundle = open_bundle(rewrite())
+    with pytest.raises(IntegrityError, match=r"embed.*data"):
+        bundle.constant_graph_bytes("embed")
+
+
+def replace_message(outer: bytes, old: bytes, new: bytes) -> bytes:
+    """A protobuf message with one of its parts replaced, lengths included."""
+
+    def with_length(data: bytes) -> bytes:
+        length, prefix = len(data), b""
+        while length > 127:
+            prefix += bytes([length & 127 | 128])
+            length >>= 7
+        return prefix + bytes([length]) + data
+
+    assert outer.count(with_length(old)) == 1
+    return outer.replace(with_length(old), with_length(new))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", bytes(100)], ids=["empty", "text", "zeros"])

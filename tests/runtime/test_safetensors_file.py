@@ -164,6 +164,7 @@ def test_a_header_that_is_no_json_object_is_refused(header: bytes, write_file: W
         {**ONE, "data_offsets": [8, 0]},
         {**ONE, "data_offsets": [8, 16]},
         {**ONE, "data_offsets": [2**63, 2**63 + 8]},
+        {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]},
         {"dtype": "F32", "shape": [0, 2**70], "data_offsets": [0, 0]},
     ],
     ids=lambda entry: str(entry).removeprefix("{'dtype': 'F32', ").rstrip("}")[:50],
@@ -197,7 +198,9 @@ def test_a_name_that_occurs_twice_is_refused(write_file: WriteFile) -> None:
 
 
 # -- fuzzing: whatever the bytes are, the reader gives tensors inside the file or an IntegrityError
-NUMBERS = st.integers(-4, 40) | st.sampled_from([2**31, 2**64, 10**30, -1, 0.5, 1e300, float("inf"), float("nan")])
+NUMBERS = st.integers(-4, 40) | st.sampled_from(
+    [2**31, 2**62, 2**64, 10**30, -1, 0.5, 1e300, float("inf"), float("nan")]
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
