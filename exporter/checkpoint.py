@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from dllm_export.runtime.safetensors_file import read_header
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers that some checkpoints store and that are recomputed from the configuration."""
 JSON_LIMIT = 64 * 2**20
+
+FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Load = Callable[[str], torch.Tensor]
 
@@ -43,6 +46,10 @@ class Checkpoint:
             if file not in open_files:
                 open_files[file] = _open_shard(self.path / file)
             tensor = open_files[file][name] if file.endswith(".bin") else open_files[file].get_tensor(name)
+            if tensor.dtype not in FLOAT_TYPES or tensor.layout != torch.strided:
+                raise CheckpointError(
+                    f"{file}: tensor '{name}' is {tensor.dtype}, expected plain floats; quantised weights cannot be exported"
+                )
             if not all_finite(tensor):
                 raise CheckpointError(
                     f"{file}: tensor '{name}' holds NaN or infinity; download or train the file again"
@@ -83,7 +90,7 @@ def open_checkpoint(
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite; takes no memory, unlike torch.isfinite on a large tensor."""
-    if tensor.numel() == 0 or not tensor.is_floating_point():
+    if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))
@@ -167,7 +174,7 @@ def _open_shard(path: Path) -> Any:
         except SafetensorError as error:
             raise IntegrityError(f"{path.name} is damaged ({error}); download it again") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling, zip and runtime errors alike; all mean that the file is refused
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IntegrityError(

@@ -80,8 +80,9 @@ def export(
             files=list_files(root),
         )
         (root / MANIFEST).write_bytes(encode_manifest(manifest))
+        bundle = open_bundle(root)
         report("manifest", steps, steps)
-    return open_bundle(target)
+    return replace(bundle, path=target)
 
 
 def write_graphs(checkpoint: Checkpoint, dtype: DType, root: Path) -> dict[str, GraphRecord]:

@@ -28,6 +28,9 @@ from dllm_export.runtime.safetensors_file import SafetensorsFile, StoredTensor
 READ_SIZE = 8 * 2**20
 PLACEHOLDER = "given-when-opened"
 """Location of a constant graph's weights: no file; the provider gets them from the bundle's safetensors."""
+LOCATION = b"\x0a\x08location\x12" + bytes([len(PLACEHOLDER)]) + PLACEHOLDER.encode()
+REFERENCE = bytes([0x6A, len(LOCATION)]) + LOCATION
+"""That location as ONNX encodes it: field 13 of TensorProto with its length, so that nothing can hide inside it."""
 STORED_TYPES: Mapping[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -60,7 +63,7 @@ class Bundle:
     def _read_graph(self, graph: str, file: str, references: int) -> bytes:
         """Bytes of a graph with exactly this many references to data outside it."""
         data = self.file(file).read_bytes()
-        if data.count(b"location") != references or data.count(PLACEHOLDER.encode()) != references:
+        if not data.count(b"location") == data.count(REFERENCE) == references:
             raise IntegrityError(f"{file}: the graph refers to data that graph '{graph}' does not have; export again")
         return data
 

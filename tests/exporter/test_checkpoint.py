@@ -213,6 +213,31 @@ def test_a_pickled_checkpoint_that_is_no_state_dict_is_refused(
     assert "pytorch_model.bin" in message
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_plain_floats_are_refused(
+    dtype: torch.dtype, form: str, write_checkpoint: WriteCheckpoint, tmp_path: Path
+) -> None:
+    model = write_checkpoint(tmp_path / "model", form=form, tensors={QUERY: torch.ones(32, 32).to(dtype)})
+    with pytest.raises(DllmExportError, match=r"q_proj|model\.(safetensors|bin)"):
+        export(model, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_sparse_weights_are_refused(write_checkpoint: WriteCheckpoint, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", form="bin", tensors={QUERY: torch.eye(32).to_sparse()})
+    with pytest.raises(DllmExportError, match=r"q_proj|model\.bin"):
+        export(model, tmp_path / "bundle")
+
+
+def test_a_pickled_checkpoint_of_the_format_before_zip_is_read(
+    write_checkpoint: WriteCheckpoint, base_tensors: Tensors, tmp_path: Path, bundle: Bundle
+) -> None:
+    model = write_checkpoint(tmp_path / "model", form="bin")
+    torch.save(base_tensors, model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert weight_digests(export(model, tmp_path / "bundle")) == weight_digests(bundle)
+
+
 def test_a_truncated_pickled_checkpoint_is_refused(
     write_checkpoint: WriteCheckpoint, tmp_path: Path, refuse: Refuse
 ) -> None:
