@@ -11,7 +11,10 @@ from dllm_export.graphs import ModelShape
 def rotary_tables(
     shape: ModelShape, positions: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # [B, S] -> two of [B, S, head_dim / 2]
-    """cos and sin of position * theta^(-2j/d). Frequencies and angles round to float32, as the published code does."""
+    """cos and sin of position * theta^(-2j/d).
+
+    Frequencies and angles round to float32, as in the published code (whose float32 power may differ in the last bit).
+    """
     exponent = np.arange(0, shape.head_dim, 2, dtype=np.float32) / np.float32(shape.head_dim)
     frequency = (1.0 / np.power(np.float32(shape.rope_theta), exponent)).astype(np.float32)
     angle = (positions[:, :, None].astype(np.float32) * frequency).astype(np.float64)

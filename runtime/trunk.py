@@ -73,7 +73,7 @@ class Buffers:
 
 
 class Trunk:
-    """Embedding and layers of one request; `run` executes a plan and returns the response's hidden rows."""
+    """Embedding and layers of one request: `prepare` gives a plan's program, `hidden` the response's rows after it ran."""
 
     def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
         self._session, self._shape, self.request = session, shape, request

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +57,8 @@ class TorchSession:
         self._dtype: DType = dtype or bundle.manifest.dtype
         self._weights: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
         self._shared: dict[int, torch.Tensor] = {}
-        torch.set_num_threads(options.threads or os.cpu_count() or 1)
+        if options.threads:  # a setting of the whole process, so it is left alone unless asked for
+            torch.set_num_threads(options.threads)
 
     def __enter__(self) -> TorchSession:
         return self
