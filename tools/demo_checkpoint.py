@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dllm_export.graphs import ModelShape
 from dllm_export.tools.demo_model import MASK, Weights
+from dllm_export.tools.llada_config import llada_config
 
 SPECIAL_TOKENS = (
     "<|startoftext|>",
@@ -35,61 +36,6 @@ _LAYER_TENSORS = {
     "down": ("ff_out",),
 }
 _TOP_TENSORS = {"embedding": "wte", "norm": "ln_f", "head": "ff_out"}
-
-
-def llada_config(shape: ModelShape) -> dict[str, object]:
-    """config.json: every key that GSAI-ML/LLaDA-8B-Base has, with the sizes of this shape."""
-    return {
-        "activation_type": "silu",
-        "alibi": False,
-        "alibi_bias_max": 8.0,
-        "architectures": ["LLaDAModelLM"],
-        "attention_dropout": 0.0,
-        "attention_layer_norm": False,
-        "attention_layer_norm_with_affine": True,
-        "auto_map": {
-            "AutoConfig": "configuration_llada.LLaDAConfig",
-            "AutoModel": "modeling_llada.LLaDAModelLM",
-            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        },
-        "bias_for_layer_norm": False,
-        "block_group_size": 1,
-        "block_type": "llama",
-        "d_model": shape.hidden,
-        "embedding_dropout": 0.0,
-        "embedding_size": shape.vocab,
-        "eos_token_id": END,
-        "flash_attention": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "init_cutoff_factor": None,
-        "init_device": "meta",
-        "init_fn": "mitchell",
-        "init_std": 0.02,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "layer_norm_with_affine": True,
-        "mask_token_id": MASK,
-        "max_sequence_length": shape.max_length,
-        "mlp_hidden_size": shape.mlp,
-        "mlp_ratio": 4,
-        "model_type": "llada",
-        "multi_query_attention": None,
-        "n_heads": shape.heads,
-        "n_kv_heads": shape.kv_heads,
-        "n_layers": shape.layers,
-        "pad_token_id": END,
-        "residual_dropout": 0.0,
-        "rms_norm_eps": shape.norm_eps,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": shape.rope_theta,
-        "scale_logits": False,
-        "torch_dtype": "float16",
-        "use_cache": False,
-        "vocab_size": shape.vocab,
-        "weight_tying": False,
-    }
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -146,7 +92,7 @@ def save_checkpoint(directory: Path, shape: ModelShape, weights: Weights, report
     halves = {name: weight.detach().half().cpu() for name, weight in llada_tensors(shape, weights).items()}
     _replace(directory / "model.safetensors", lambda path: save_file(halves, path, metadata={"format": "pt"}))
     _replace(directory / "tokenizer.json", lambda path: byte_tokenizer().save(str(path)))
-    _write_json(directory / "config.json", llada_config(shape))
+    _write_json(directory / "config.json", llada_config(shape, mask=MASK, end=END))
     _write_json(directory / "tokenizer_config.json", _tokenizer_config(shape))
     _write_json(directory / "training.json", report)
 

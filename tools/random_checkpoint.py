@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_export.graphs import ModelShape
+from dllm_export.tools.llada_config import llada_config
 
 GAIN = 1.5
 """Standard deviation of a matrix times the square root of its inputs. Below 1 rows and steps hardly differ, which hides
@@ -24,7 +25,8 @@ def write_random_checkpoint(directory: Path, shape: ModelShape, *, seed: int = 0
     directory.mkdir(parents=True, exist_ok=True)
     tensors = random_tensors(shape, torch.Generator().manual_seed(seed))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(llada_config(shape), indent=1) + "\n", encoding="utf-8")
+    config = llada_config(shape, mask=shape.vocab - 1, end=shape.vocab - 2)
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return directory
 
 
@@ -57,32 +59,3 @@ def random_tensors(shape: ModelShape, generator: torch.Generator) -> dict[str, T
             block |= {f"{name}_proj.bias": vector(size, 0.0) for name, size in (("q", query), ("k", kv), ("v", kv))}
         tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
     return {f"model.transformer.{name}": tensor for name, tensor in tensors.items()}
-
-
-def llada_config(shape: ModelShape) -> dict[str, object]:
-    """The keys of the published config.json that decide how the model computes."""
-    return {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "activation_type": "silu",
-        "block_type": "llama",
-        "d_model": shape.hidden,
-        "embedding_size": shape.vocab,
-        "eos_token_id": shape.vocab - 2,
-        "include_bias": False,
-        "include_qkv_bias": shape.qkv_bias,
-        "layer_norm_type": "rms",
-        "mask_token_id": shape.vocab - 1,
-        "max_sequence_length": shape.max_length,
-        "mlp_hidden_size": shape.mlp,
-        "n_heads": shape.heads,
-        "n_kv_heads": shape.kv_heads,
-        "n_layers": shape.layers,
-        "pad_token_id": shape.vocab - 2,
-        "rms_norm_eps": shape.norm_eps,
-        "rope": True,
-        "rope_full_precision": shape.rope_float32,
-        "rope_theta": shape.rope_theta,
-        "vocab_size": shape.vocab,
-        "weight_tying": shape.tied_head,
-    }

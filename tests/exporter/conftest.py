@@ -16,7 +16,8 @@ from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import ModelShape
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.tools.demo_checkpoint import byte_tokenizer
-from dllm_export.tools.random_checkpoint import llada_config, random_tensors
+from dllm_export.tools.llada_config import llada_config
+from dllm_export.tools.random_checkpoint import random_tensors
 
 SHAPE = ModelShape(
     layers=3,
@@ -78,7 +79,7 @@ def write_checkpoint() -> Callable[..., Path]:
         drop: tuple[str, ...] = (),
     ) -> Path:
         path.mkdir(parents=True)
-        settings = {**llada_config(SHAPE), "mask_token_id": 258, "eos_token_id": 257, "pad_token_id": 257}
+        settings = llada_config(SHAPE, mask=258, end=257)
         settings |= config or {}
         settings = {key: value for key, value in settings.items() if key not in drop}
         (path / "config.json").write_text(json.dumps(settings))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from dllm_export.exporter.checkpoint import expected_tensors
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import FAMILIES
-from dllm_export.tools.random_checkpoint import llada_config
+from dllm_export.tools.llada_config import llada_config
 
 SHAPE = ModelShape(
     layers=24,
@@ -56,7 +56,7 @@ print(json.dumps([before, peak()]))
 def write_large_checkpoint(path: Path, shape: ModelShape) -> int:
     """A sharded bfloat16 directory, one shard in memory at a time; returns the size of the largest shard."""
     path.mkdir()
-    raw = llada_config(shape)
+    raw = llada_config(shape, mask=shape.vocab - 1, end=shape.vocab - 2)
     (path / "config.json").write_text(json.dumps(raw))
     expected = expected_tensors(FAMILIES["llada"].read_config(raw, None))
     numbers = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
