@@ -45,11 +45,6 @@ class TensorRt:
             1 << int(getattr(flags, name)) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(flags, name)
         )
 
-    @property
-    def strongly_typed(self) -> bool:
-        """Whether the types written in the ONNX graph are binding (8.6 takes them as hints)."""
-        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
-
     def capability(self, target: str) -> Any:
         """The library's constant for a named compute capability."""
         return getattr(self.module.ComputeCapability, "SM" + target.replace(".", ""))

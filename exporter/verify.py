@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +28,9 @@ from dllm_export.runtime.safetensors_file import SafetensorsFile
 from dllm_export.runtime.session import GraphCall, Session, SessionOptions, open_session
 
 Array = NDArray[np.generic]
+
+POLICIES: tuple[CachePolicy, ...] = (NoCache(), DllmCache(prompt_interval=5, response_interval=3))
+"""Generations to compare: without a cache, and with intervals that make every kind of step occur."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,51 +83,34 @@ def verify(
 ) -> Report:
     """Compare the provider with the checkpoint's probe and with the torch reference."""
     report = progress or (lambda what, step, steps: None)
-    reference = open_session(bundle, SessionOptions(provider="torch", threads=options.threads))
-    candidate = open_session(bundle, options)
-    tolerance = TOLERANCES[bundle.manifest.dtype]
-    names = list(bundle.specs)
-    steps = len(names) + 4
-    checks: list[Check] = []
-    report("probe", 0, steps)
-    for label, session in (("reference", reference), (candidate.provider, candidate)):
-        checks.extend(check_probe(bundle, session, label, tolerance.probe))
-    for number, name in enumerate(names):
-        report(f"graph {name}", number + 1, steps)
-        checks.extend(check_graph(bundle, reference, candidate, name, tolerance.graph))
-    first: list[int] = []
-    shares = []
-    policies: tuple[CachePolicy, ...] = (NoCache(), DllmCache(prompt_interval=5, response_interval=3))
-    for number, policy in enumerate(policies):
-        report(f"generation with {policy.name}", len(names) + 1 + number, steps)
-        try:
-            share, step = compare_generation(bundle, reference, candidate, policy)
-            detail = "every token equal" if step is None else f"first difference in step {step}"
-        except OverflowedError as error:
-            share, step, detail = 0.0, 1, str(error)
-        passed = share >= tolerance.agreement
-        shares.append(share)
-        first.extend([] if step is None else [step])
-        checks.append(
-            Check(
-                name=f"generation {policy.name}",
-                passed=passed,
-                worst=1 - share,
-                tolerance=1 - tolerance.agreement,
-                detail=detail,
-            )
-        )
-    report("done", steps, steps)
-    for session in (reference, candidate):
-        session.close()
+    steps = len(bundle.specs) + len(POLICIES) + 1
+    with (
+        closing(open_session(bundle, SessionOptions(provider="torch", threads=options.threads))) as reference,
+        closing(open_session(bundle, options)) as candidate,
+    ):
+        checks: list[Check] = []
+        report("probe", 0, steps)
+        tolerance = TOLERANCES[bundle.manifest.dtype]
+        for label, session in (("reference", reference), (candidate.provider, candidate)):
+            checks.extend(check_probe(bundle, session, label, tolerance.probe))
+        for number, name in enumerate(bundle.specs, 1):
+            report(f"graph {name}", number, steps)
+            checks.extend(check_graph(bundle, reference, candidate, name, tolerance.graph))
+        differences: list[int | None] = []
+        for number, policy in enumerate(POLICIES, len(bundle.specs) + 1):
+            report(f"generation with {policy.name}", number, steps)
+            check, step = check_generation(bundle, reference, candidate, policy, tolerance.agreement)
+            checks.append(check)
+            differences.append(step)
+        report("done", steps, steps)
     return Report(
         provider=options.provider,
         device=options.device,
         dtype=bundle.manifest.dtype,
         passed=all(check.passed for check in checks),
         checks=tuple(checks),
-        agreement=float(np.mean(shares)),
-        first_difference=min(first, default=None),
+        agreement=float(np.mean([1 - check.worst for check in checks[-len(POLICIES) :]])),
+        first_difference=min((step for step in differences if step is not None), default=None),
     )
 
 
@@ -185,6 +172,19 @@ def run_graph(bundle: Bundle, session: Session, graph: str, layer: int | None, f
 
 
 # -- 3. generation
+def check_generation(
+    bundle: Bundle, reference: Session, candidate: Session, policy: CachePolicy, least: float
+) -> tuple[Check, int | None]:
+    """A short generation token for token, and the first step with a different commit."""
+    try:
+        share, step = compare_generation(bundle, reference, candidate, policy)
+        detail = "every token equal" if step is None else f"first difference in step {step}"
+    except OverflowedError as error:
+        share, step, detail = 0.0, 1, str(error)
+    name = f"generation {policy.name}"
+    return Check(name=name, passed=share >= least, worst=1 - share, tolerance=1 - least, detail=detail), step
+
+
 def compare_generation(
     bundle: Bundle, reference: Session, candidate: Session, policy: CachePolicy
 ) -> tuple[float, int | None]:
