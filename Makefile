@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.stamp
+TOOLS := .venv/.stamp-tools
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -14,11 +15,11 @@ help:  ## this list
 demo: venv  ## export the bundled model, verify it, generate with and without the cache
 	@$(BIN)/dllm-export demo
 
-test: venv  ## format, lint, types, layers, tests
+test: $(TOOLS)  ## format, lint, types, layers, tests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/check
 
 bench: venv  ## measure the runtime on this machine
-	@$(BIN)/python -m dllm_export.tools.bench
+	@$(BIN)/dllm-export bench
 
 clean:  ## remove .venv, build outputs and caches
 	@rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
@@ -36,6 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "set-up: installing torch, CPU build"
 	@$(PIP_INSTALL) --no-deps --retries 1 --timeout 20 --index-url $(TORCH_INDEX) torch 2>/dev/null || \
 	  echo "set-up: no CPU build of torch at $(TORCH_INDEX); taking the default index's build, on Linux several GB with CUDA"
-	@echo "set-up: installing dllm-export and its tools (a few minutes the first time)"
+	@echo "set-up: installing dllm-export (a few minutes the first time)"
+	@$(PIP_INSTALL) -e '.[export,onnxruntime]'
+	@touch $@
+
+$(TOOLS): $(STAMP)
+	@echo "set-up: installing the tools of the tests"
 	@$(PIP_INSTALL) -e '.[export,onnxruntime,tensorrt-rtx,dev]'
 	@touch $@

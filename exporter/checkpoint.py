@@ -61,11 +61,6 @@ class Checkpoint:
         finally:
             open_files.clear()
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum((self.path / file).stat().st_size for file in set(self.shards.values()))
-
 
 def open_checkpoint(
     path: Path, *, family: str | None = None, mask_id: int | None = None, layers: int | None = None

@@ -59,7 +59,7 @@ def build_engines(
         plan = build_plan(library, bundle.graph_bytes(name), spec, ranges, targets)
         record = EngineRecord(
             graph=name,
-            file=f"{folder}/{name}.plan",
+            file=f"{folder}/{name}-{key[:12]}.plan",
             flavour=library.flavour,
             version=library.version,
             targets=targets,
@@ -146,17 +146,28 @@ def _build_key(
 
 
 def _add_engine(root: Path, manifest: Manifest, record: EngineRecord, plan: bytes) -> Manifest:
-    """Write the plan, then the manifest that lists it; each replaces its old version in one step."""
+    """Write the plan under its key, then the manifest that lists it, then drop what it replaces.
+
+    Whenever this stops, the manifest in place lists files that are there and unchanged.
+    """
     path = root / record.file
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, plan)
+    replaced = {
+        other.file
+        for other in manifest.engines
+        if (other.graph, other.flavour, other.version, other.targets)
+        == (record.graph, record.flavour, record.version, record.targets)
+    }
     entry = FileRecord(path=record.file, size=len(plan), sha256=file_digest(path))
     manifest = msgspec.structs.replace(
         manifest,
-        engines=(*(other for other in manifest.engines if other.file != record.file), record),
-        files=(*(other for other in manifest.files if other.path != record.file), entry),
+        engines=(*(other for other in manifest.engines if other.file not in replaced), record),
+        files=(*(other for other in manifest.files if other.path not in replaced | {record.file}), entry),
     )
     _replace(root / MANIFEST, encode_manifest(manifest))
+    for file in replaced - {record.file}:
+        (root / file).unlink(missing_ok=True)
     return manifest
 
 

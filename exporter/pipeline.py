@@ -16,7 +16,7 @@ from dllm_export.exporter.pack import list_files, replacing, require_space
 from dllm_export.exporter.probe import Probe
 from dllm_export.exporter.tokenizer import write_tokenizer
 from dllm_export.exporter.weights import FOLDER, StoredWeights, write_weights
-from dllm_export.graphs import DType, GraphSpec, graph_specs
+from dllm_export.graphs import DType, graph_specs
 from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, file_digest, open_bundle
 from dllm_export.runtime.manifest import (
     FORMAT,
@@ -125,12 +125,16 @@ def _place(root: Path, file: str, tensor: str) -> ExternalTensor:
 
 
 def _source_digests(model: Path) -> dict[str, str]:
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json")
+    names = (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+    )
     return {name: file_digest(model / name) for name in names if (model / name).is_file()}
 
 
 def _tool_versions() -> dict[str, str]:
     return {"dllm-export": __version__, **{name: importlib.metadata.version(name) for name in ("onnx", "torch")}}
-
-
-__all__ = ["ExportOptions", "GraphSpec", "export"]

@@ -63,7 +63,12 @@ class DiffusionLM:
     ) -> DiffusionLM:
         """Open and verify a bundle directory."""
         bundle = open_bundle(path)
-        return cls(bundle, open_session(bundle, options))
+        session = open_session(bundle, options)
+        try:
+            return cls(bundle, session)
+        except BaseException:
+            session.close()
+            raise
 
     def __enter__(self) -> DiffusionLM:
         return self

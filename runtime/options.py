@@ -16,7 +16,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
-    """How to denoise. None means the default that the bundle's family records."""
+    """How to denoise. gen_length and block_length default to what the bundle's family records."""
 
     steps: int | None = option(None, "denoising steps over all blocks; default: one token per step")
     gen_length: int | None = option(None, "tokens to generate")

@@ -46,6 +46,12 @@ def continuation(
             raise UsageError(
                 f"prompt {number} holds the mask token, which is what gets generated; use infilling for it"
             )
+    longest = max(map(len, prompts))
+    if longest + length > shape.max_length:
+        raise UsageError(
+            f"{longest} prompt tokens and {length} to generate make {longest + length}, but the model was trained for "
+            f"{shape.max_length}: shorten the prompt or lower --gen-length"
+        )
     canvases = [[*prompt, *[tokens.mask] * length] for prompt in prompts]
     block = options.block_length or (length if options.gen_length else min(sampler.block_length, length))
     schedule = make_schedule(length, block, options.steps or length)
@@ -76,14 +82,13 @@ def make_request(
     width = max(len(canvas) for canvas in canvases)
     if width > shape.max_length:
         raise UsageError(
-            f"{width - schedule.gen_length} prompt tokens and {schedule.gen_length} to generate make {width}, but the model "
-            f"was trained for {shape.max_length}: shorten the prompt or lower --gen-length"
+            f"the text is {width} tokens long, masks included, but the model was trained for {shape.max_length}"
         )
     canvas = np.full((len(canvases), width), tokens.pad, np.int32)
     for row, ids in enumerate(canvases):
         if min(ids) < 0 or max(ids) >= shape.vocab:
             raise UsageError(
-                f"prompt {row} holds a token id outside 0..{shape.vocab - 1}; it was made by another tokenizer"
+                f"text {row + 1} holds a token id outside 0..{shape.vocab - 1}; it was made by another tokenizer"
             )
         canvas[row, width - len(ids) :] = ids
     padding = np.array([width - len(ids) for ids in canvases], np.int64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args
 
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.graphs import TensorType
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.options import option
+from dllm_export.runtime.options import flag, option
 
 Prepack = Literal["auto", "on", "off"]
 
@@ -77,23 +78,33 @@ class SessionOptions:
         choices=get_args(Prepack),
     )
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            known = field.metadata.get("choices")
+            if known and getattr(self, field.name) not in known:
+                named = f"{flag(field.name)} is {getattr(self, field.name)!r}, expected one of: {', '.join(known)}"
+                raise UsageError(named)
+        if self.threads < 0:
+            raise UsageError(f"--threads is {self.threads}, expected 0 (all cores) or more")
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def open_session(bundle: Bundle, options: SessionOptions) -> Session:
     """The provider's session, or IncompatibleError with the pip line that installs what is missing."""
-    if options.device not in ("cpu", "cuda"):
-        raise UsageError(f"--device is {options.device!r}, expected cpu or cuda")
     try:
         if options.provider == "onnxruntime":
             from dllm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
             return OnnxRuntimeSession(bundle, options)
-        if options.provider == "torch":
-            from dllm_export.runtime.sessions.torch import TorchSession
+        from dllm_export.runtime.sessions.torch import TorchSession
 
-            return TorchSession(bundle, options)
+        return TorchSession(bundle, options)
     except ModuleNotFoundError as error:
         extra = {"onnxruntime": "onnxruntime", "torch": "export"}[options.provider]
         raise IncompatibleError(
             f"provider '{options.provider}' needs the package {error.name}: pip install 'dllm-export[{extra}]'"
         ) from None
-    raise UsageError(f"no provider is called {options.provider!r}; there are: onnxruntime, torch")

@@ -18,6 +18,9 @@ class Tokenizer:
             self._fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise IntegrityError(f"{path.name} is not a tokenizer.json: {error}") from None
+        # A file may carry the settings of its training run, which would cut or pad a prompt without a word.
+        self._fast.no_truncation()
+        self._fast.no_padding()
         self._chat_template, self._bos = chat_template, bos
 
     def encode(self, text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """The benchmark: the runtime on ONNX Runtime against plain PyTorch, without and with the cache.
 
 All columns run the same random LLaDA-shaped model in float32 with the same prompt and the same number of forward passes,
-one token a step, in turns of a few steps within one process. JSON goes to stdout or to a file, tables to stderr.
+one token a step, in turns of a few steps within one process. Tables go to stderr, JSON where it is asked for.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
-import msgspec
 import numpy as np
 import torch
 
 from dllm_export import __version__
-from dllm_export.errors import DllmExportError, UsageError
+from dllm_export.errors import UsageError
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import ModelShape
@@ -42,11 +41,11 @@ from dllm_export.tools.bench_report import (
     ratio,
 )
 from dllm_export.tools.eager import EagerModel, load_eager
-from dllm_export.tools.flags import Command, from_fields
-from dllm_export.tools.output import print_error, show_progress
+from dllm_export.tools.flags import Command, from_fields, report_flag, shared_flags
+from dllm_export.tools.output import print_json, show_progress, write_report
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
 
-COMMAND = "python -m dllm_export.tools.bench"
+COMMAND = "dllm-export bench"
 SHAPE = ModelShape(
     layers=8,
     hidden=512,
@@ -157,21 +156,13 @@ def measure(options: BenchOptions, command: str) -> BenchReport:
 
 @click.command("bench", cls=Command)
 @from_fields(BenchOptions, "options", "Options")
-@click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="default: stdout")
-def command(options: BenchOptions, file: Path | None) -> None:
+@report_flag
+@shared_flags
+def command(options: BenchOptions, report: Path | None, as_json: bool) -> None:
     """Measure the runtime against plain PyTorch on this machine, without and with the cache."""
-    report = measure(options, shlex.join([*COMMAND.split(), *sys.argv[1:]]))
-    print_report(report)
-    text = msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
-    if file is None:
-        click.echo(text)
-    else:
-        file.write_text(text + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    try:
-        command()
-    except DllmExportError as error:
-        print_error(str(error))
-        sys.exit(error.exit_code)
+    arguments = sys.argv[sys.argv.index("bench") + 1 :] if "bench" in sys.argv else []
+    outcome = measure(options, shlex.join([*COMMAND.split(), *arguments]))
+    print_report(outcome)
+    if as_json:
+        print_json(outcome)
+    write_report(report, outcome)

@@ -85,7 +85,7 @@ def probe(provider: str, device: str, bundle: Bundle | None) -> Finding:
         if bundle is not None:
             detail = run_graph(bundle, SessionOptions(provider=provider, device=device))
         else:
-            detail = PROBES.get(provider, import_provider)(provider, device)
+            detail = PROBES[provider](provider, device)
     except DllmExportError as error:
         return Finding(provider=provider, device=device, works=False, detail=str(error))
     except Exception as error:  # whatever a provider's libraries raise is a finding, not a failure of this command
@@ -136,12 +136,6 @@ def probe_torch(provider: str, device: str) -> str:
         )
     torch.ones(1, device=device)
     return "works (slow: the reference that others are compared with)"
-
-
-def import_provider(provider: str, device: str) -> str:
-    """For providers that cannot run anything without a bundle."""
-    _import(provider)
-    return "installed; name a bundle to see whether it runs"
 
 
 PROBES: Mapping[str, Callable[[str, str], str]] = {"onnxruntime": probe_onnxruntime, "torch": probe_torch}

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_export import __version__
-
-REFUSED_BY_RTX = ("9.0", "10.0")
-"""Compute capabilities that TensorRT for RTX does not load on."""
+from dllm_export.exporter.tensorrt_library import REFUSED_BY_RTX
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "numpy": ("numpy",),
@@ -24,12 +22,10 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnx",),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt_rtx"),
-    "cuda": ("cuda-python", "cuda-bindings"),
 }
 """Package -> the names it is distributed under."""
 
 EXTRAS: Mapping[str, str] = {
-    "cuda": "tensorrt",
     "onnx": "export",
     "onnxruntime": "onnxruntime",
     "tensorrt": "tensorrt",

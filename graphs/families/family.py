@@ -22,7 +22,6 @@ class SpecialTokens:
     mask: int
     eos: int
     pad: int
-    bos: int | None = None
     end_of_turn: int | None = None
 
 
@@ -30,12 +29,8 @@ class SpecialTokens:
 class SamplerDefaults:
     """The family's own sampling defaults."""
 
-    steps: int
     gen_length: int
     block_length: int
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
-    remasking: Remasking = "low_confidence"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

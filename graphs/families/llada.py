@@ -86,7 +86,7 @@ def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
         family="llada",
         shape=shape,
         tokens=tokens,
-        sampler=SamplerDefaults(steps=128, gen_length=128, block_length=128),
+        sampler=SamplerDefaults(gen_length=128, block_length=128),
         names=tensor_names(read_size(raw, "block_group_size", 1)),
         end_of_turn="<|eot_id|>",
         assumed=assumed,

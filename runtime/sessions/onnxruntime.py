@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -15,14 +13,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import TensorType
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.session import GraphCall, Program, SessionOptions
+from dllm_export.runtime.session import GraphCall, Program, SessionOptions, available_cores
 
-# ONNX element types, for the one type that numpy lacks.
-BFLOAT16 = 16
 NUMPY_TYPES: Mapping[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
-    "bfloat16": np.uint16,
     "int32": np.int32,
     "int64": np.int64,
     "bool": np.bool_,
@@ -35,25 +30,22 @@ PREPACK_LIMIT = 10**9
 class OrtBuffer:
     """An OrtValue as a Buffer; on the CPU it is a view of a numpy array."""
 
-    def __init__(self, host: NDArray[Any], device: str, *, bfloat16: bool) -> None:
-        self._host, self._device, self._bfloat16 = host, device, bfloat16
-        if bfloat16:
-            self.value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(host, BFLOAT16)
-        else:
-            self.value = ort.OrtValue.ortvalue_from_numpy(host, device)
+    def __init__(self, host: NDArray[Any], device: str) -> None:
+        self._host, self._device = host, device
+        self.value = ort.OrtValue.ortvalue_from_numpy(host, device)
 
     @property
     def dims(self) -> tuple[int, ...]:
         return self._host.shape
 
     def write(self, array: NDArray[Any]) -> None:
-        np.copyto(self._host, array.astype(ml_dtypes.bfloat16).view(np.uint16) if self._bfloat16 else array)
+        np.copyto(self._host, array)
         if self._device != "cpu":
             self.value.update_inplace(self._host)
 
     def read(self) -> NDArray[Any]:
         host: NDArray[Any] = self.value.numpy() if self._device != "cpu" else self._host.copy()
-        return host.view(ml_dtypes.bfloat16).astype(np.float32) if self._bfloat16 else host
+        return host
 
 
 class OnnxRuntimeSession:
@@ -67,12 +59,13 @@ class OnnxRuntimeSession:
             raise IncompatibleError(
                 "--device cuda: this onnxruntime has no CUDA provider: pip install 'dllm-export[onnxruntime-gpu]'"
             )
-        if bundle.manifest.dtype == "bfloat16" and options.device == "cpu":
+        if bundle.manifest.dtype == "bfloat16":
             raise IncompatibleError(
-                "onnxruntime has no bfloat16 kernels on the CPU: export with --dtype float32, or use --provider torch"
+                "onnxruntime has no bfloat16 kernels on the CPU, and its CUDA ones are not supported here: export with "
+                "--dtype float32 (or float16 on a GPU), or use --provider torch"
             )
         self._bundle, self._device, self._provider = bundle, options.device, wanted
-        self._threads = options.threads or os.cpu_count() or 1
+        self._threads = options.threads or available_cores()
         small = bundle.weight_bytes <= PREPACK_LIMIT
         self._prepack = options.device == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))
         self._sessions: dict[tuple[str, int | None], ort.InferenceSession] = {}
@@ -90,7 +83,7 @@ class OnnxRuntimeSession:
 
     def allocate(self, dims: tuple[int, ...], type: TensorType) -> OrtBuffer:
         name = self._bundle.manifest.dtype if type == "compute" else type
-        return OrtBuffer(np.zeros(dims, NUMPY_TYPES[name]), self._device, bfloat16=name == "bfloat16")
+        return OrtBuffer(np.zeros(dims, NUMPY_TYPES[name]), self._device)
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
         runs = [self._bind(call) for call in calls]
@@ -154,7 +147,5 @@ class OnnxRuntimeSession:
     def _share(self, array: NDArray[Any]) -> ort.OrtValue:
         address = array.__array_interface__["data"][0]
         if address not in self._weights:
-            bfloat16 = str(array.dtype) == "bfloat16"
-            host = array.view(np.uint16) if bfloat16 else array
-            self._weights[address] = OrtBuffer(host, self._device, bfloat16=bfloat16).value
+            self._weights[address] = OrtBuffer(array, self._device).value
         return self._weights[address]

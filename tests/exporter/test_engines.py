@@ -61,6 +61,8 @@ def test_a_second_build_does_nothing_and_other_sizes_build_again(built: Bundle, 
     again = build_engines(copy, BuildOptions(flavour="tensorrt-rtx", sm="8.9,12.0", max_batch=2)).manifest
     assert len(again.engines) == len(copy.manifest.engines)
     assert not {record.key for record in again.engines} & {record.key for record in copy.manifest.engines}
+    plans = {path.relative_to(copy.path).as_posix() for path in copy.path.rglob("*.plan")}
+    assert plans == {record.file for record in again.engines}
 
 
 def test_a_changed_plan_is_refused(built: Bundle, tmp_path: Path) -> None:

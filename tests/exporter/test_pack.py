@@ -251,3 +251,20 @@ def test_space_is_measured_on_the_disk_of_the_target(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there" / "yet", 1)
     with pytest.raises(ResourceError):
         require_space(tmp_path / "not" / "there" / "yet", 2**62)
+
+
+def test_an_export_that_is_told_to_end_cleans_up(old_bundle: Path, checkpoint: Path) -> None:
+    """SIGTERM, as a scheduler or `kill` sends it, in the middle of an export of the command line."""
+    before = snapshot(old_bundle.parent)
+    script = (
+        "import os, signal, sys\n"
+        "from dllm_export.exporter import weights\n"
+        "save = weights.save_tensors\n"
+        "weights.save_tensors = lambda *values: (save(*values), os.kill(os.getpid(), signal.SIGTERM))\n"
+        "from dllm_export.tools.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", script, "export", str(checkpoint), "-o", str(old_bundle), "--force"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.strip()) == (130, "error: interrupted")
+    assert snapshot(old_bundle.parent) == before

@@ -18,10 +18,12 @@ from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pack import list_files
 from dllm_export.exporter.pipeline import export
 from dllm_export.exporter.verify import Report, verify
+from dllm_export.graphs import ModelShape
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.manifest import MANIFEST, Manifest, encode_manifest
 from dllm_export.runtime.safetensors_file import read_header
 from dllm_export.runtime.session import SessionOptions
+from dllm_export.tools.random_checkpoint import write_random_checkpoint
 
 Tamper = Callable[[Bundle, Callable[[Path], object]], Bundle]
 ORT = SessionOptions(threads=1)
@@ -253,3 +255,42 @@ def test_a_probe_of_another_model_is_refused(bundle: Bundle, tiny_bundles: dict[
     changed = tamper(bundle, lambda root: shutil.copyfile(other, root / "probe.safetensors"))
     with pytest.raises(IntegrityError, match=r"probe\.safetensors does not fit the model's shape; export again"):
         verify(changed, ORT)
+
+
+def test_a_half_type_bundle_with_a_large_vocabulary_passes(tmp_path: Path) -> None:
+    """Among 40,000 tokens the 64 best have near-ties that half types swap; that is no wrong graph."""
+    shape = ModelShape(
+        layers=1,
+        hidden=64,
+        heads=2,
+        kv_heads=2,
+        head_dim=32,
+        mlp=96,
+        vocab=40_000,
+        max_length=64,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+    )
+    model = write_random_checkpoint(tmp_path / "model", shape)
+    bundle = export(model, tmp_path / "bundle", ExportOptions(dtype="float16", no_tokenizer=True))
+    report = verify(bundle, SessionOptions(threads=1))
+    assert not [check for check in report.checks if check.name.startswith("graph") and not check.passed]
+
+
+def test_a_model_for_short_texts_is_verified_too(tmp_path: Path) -> None:
+    shape = ModelShape(
+        layers=1,
+        hidden=32,
+        heads=2,
+        kv_heads=2,
+        head_dim=16,
+        mlp=48,
+        vocab=97,
+        max_length=30,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+    )
+    model = write_random_checkpoint(tmp_path / "model", shape)
+    assert verify(
+        export(model, tmp_path / "bundle", ExportOptions(no_tokenizer=True)), SessionOptions(threads=1)
+    ).passed

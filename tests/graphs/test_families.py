@@ -94,7 +94,7 @@ def test_the_released_configuration_is_the_published_8b_model() -> None:
         logits_scale=1.0,
     )
     assert config.tokens == SpecialTokens(mask=126336, eos=126081, pad=126081)
-    assert config.sampler == SamplerDefaults(steps=128, gen_length=128, block_length=128)
+    assert config.sampler == SamplerDefaults(gen_length=128, block_length=128)
     assert (config.family, config.end_of_turn, config.assumed) == ("llada", "<|eot_id|>", ())
     assert config.shape.weight_count == 8_015_581_184
 

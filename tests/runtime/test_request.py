@@ -25,7 +25,7 @@ SHAPE = ModelShape(
     rope_theta=1e4,
 )
 TOKENS = SpecialTokens(mask=MASK, eos=PAD, pad=PAD)
-SAMPLER = SamplerDefaults(steps=16, gen_length=16, block_length=16)
+SAMPLER = SamplerDefaults(gen_length=16, block_length=16)
 
 
 def ask(*prompts: list[int], **options: int) -> Request:
@@ -70,7 +70,7 @@ def test_a_mask_in_a_prompt_points_to_infilling() -> None:
 
 @pytest.mark.parametrize("token", [-1, 10, 2**31])
 def test_a_token_outside_the_vocabulary_is_refused_with_the_range(token: int) -> None:
-    with pytest.raises(UsageError, match=r"prompt 1 holds a token id outside 0\.\.9"):
+    with pytest.raises(UsageError, match=r"text 2 holds a token id outside 0\.\.9"):
         ask([1], [2, token])
     with pytest.raises(UsageError, match=r"outside 0\.\.9"):
         fill([MASK, token])
@@ -133,5 +133,7 @@ def test_lengths_do_not_apply_to_infilling(option: str) -> None:
 
 def test_a_canvas_longer_than_the_model_was_trained_for_is_refused() -> None:
     assert fill([1] * 31 + [MASK]).canvas.shape == (1, 32)
-    with pytest.raises(UsageError, match="make 33, but the model was trained for 32: shorten"):
+    with pytest.raises(
+        UsageError, match="the text is 33 tokens long, masks included, but the model was trained for 32"
+    ):
         fill([1] * 32 + [MASK])

@@ -129,3 +129,12 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(text: str, tmp_path: Pat
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(IntegrityError, match=r"tokenizer\.json is not a tokenizer\.json"):
         Tokenizer(tmp_path / "tokenizer.json", None, "")
+
+
+def test_truncation_and_padding_in_the_file_do_not_touch_a_prompt(path: Path, tmp_path: Path) -> None:
+    tokenizer = FastTokenizer.from_file(str(path))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "cut.json"))
+    text = "more than five bytes"
+    assert Tokenizer(tmp_path / "cut.json", None, "").encode(text) == Tokenizer(path, None, "").encode(text)
