@@ -20,7 +20,7 @@ from dllm_export.runtime.rope import rotary_tables
 FILE = "probe.safetensors"
 ROWS = 8
 TOP = 8
-HEAD_PIECE = 8192
+HEAD_PIECE = 512
 
 
 class Probe:
@@ -60,8 +60,12 @@ class Probe:
     def finish(self, norm: torch.Tensor, head: torch.Tensor) -> None:
         """The most likely tokens of every row."""
         rows = self._norm(self._states[-1], norm.float())
-        # Piece by piece: a whole head in float32 would be the largest thing in memory.
-        logits = torch.cat([rows @ piece.float().T for piece in torch.split(head, HEAD_PIECE)], dim=1)
+        logits = torch.empty(ROWS, len(head))
+        # Piece by piece through one buffer: a whole head in float32 would be the largest thing in memory.
+        buffer = torch.empty(HEAD_PIECE, head.shape[1])
+        for start in range(0, len(head), HEAD_PIECE):
+            piece = head[start : start + HEAD_PIECE]
+            logits[:, start : start + len(piece)] = rows @ buffer[: len(piece)].copy_(piece).T
         logits = logits * self._config.shape.logits_scale
         top = torch.topk(logits, min(TOP, logits.shape[-1]), dim=-1)
         self._results = {"top_tokens": top.indices.int(), "top_logits": top.values}

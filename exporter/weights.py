@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dllm_export.errors import CheckpointError
-from dllm_export.exporter.checkpoint import Checkpoint, Load, all_finite
+from dllm_export.exporter.checkpoint import Checkpoint, all_finite
 from dllm_export.exporter.pack import save_tensors
 from dllm_export.exporter.probe import Probe
 from dllm_export.graphs import DType
@@ -22,7 +22,8 @@ TORCH_TYPES: dict[DType, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 FOLDER = "weights"
-MODEL_FILE = f"{FOLDER}/model.safetensors"
+EMBEDDING_FILE = f"{FOLDER}/embedding.safetensors"
+HEAD_FILE = f"{FOLDER}/head.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,20 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
             raw = {slot: load(names.in_layer(slot, layer)) for slot in slots}
             probe.run_layer(raw)
             layers.append(_save(fuse_layer(raw), dtype, root, layer_file(layer)))
+            raw.clear()  # or the shard stays mapped
         yield None
+    yield StoredWeights(tuple(layers), _write_model(checkpoint, dtype, root, probe))
+
+
+def _write_model(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe) -> dict[str, WeightRecord]:
+    """Embedding and head, one after the other: they are the largest tensors, and both at once would set the peak."""
+    names, tied = checkpoint.config.names, checkpoint.config.shape.tied_head
     with checkpoint.reading() as load:
-        yield StoredWeights(tuple(layers), _write_model(checkpoint, load, dtype, root, probe))
-
-
-def _write_model(checkpoint: Checkpoint, load: Load, dtype: DType, root: Path, probe: Probe) -> dict[str, WeightRecord]:
-    names = checkpoint.config.names
-    embedding, norm = load(names.embedding), load(names.norm)
-    head = embedding if checkpoint.config.shape.tied_head else load(names.head)
-    probe.finish(norm, head)
-    tensors = {"embedding": embedding, "norm": norm}
-    if not checkpoint.config.shape.tied_head:
-        tensors["head"] = head.T
-    return _save(tensors, dtype, root, MODEL_FILE)
+        records = _save({"embedding": load(names.embedding)}, dtype, root, EMBEDDING_FILE)
+    with checkpoint.reading() as load:
+        norm, head = load(names.norm), load(names.embedding if tied else names.head)
+        probe.finish(norm, head)
+        return records | _save({"norm": norm} if tied else {"norm": norm, "head": head.T}, dtype, root, HEAD_FILE)
 
 
 def fuse_layer(raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -90,7 +91,7 @@ def fuse_layer(raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _save(tensors: dict[str, torch.Tensor], dtype: DType, root: Path, file: str) -> dict[str, WeightRecord]:
     converted = {}
     for name, tensor in tensors.items():
-        converted[name] = tensor.to(TORCH_TYPES[dtype]).contiguous()
+        converted[name] = _convert(tensor, TORCH_TYPES[dtype])
         if not all_finite(converted[name]):
             remedy = {
                 "float16": "export with --dtype bfloat16 or float32",
@@ -99,3 +100,10 @@ def _save(tensors: dict[str, torch.Tensor], dtype: DType, root: Path, file: str)
             raise CheckpointError(f"a value of '{name}' in {file} overflows {dtype}; {remedy}")
     save_tensors(converted, root / file)
     return {name: WeightRecord(file=file, tensor=name) for name in converted}
+
+
+def _convert(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in this type and contiguous, in at most one copy."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return torch.empty(tensor.shape, dtype=dtype).copy_(tensor)

@@ -139,7 +139,7 @@ def test_a_changed_row_of_the_mask_token_fails_the_probe_of_the_embedding(bundle
     def shift(array: NDArray[np.float32]) -> None:
         array[bundle.manifest.tokens.mask, 0] += 0.5
 
-    changed = tamper(bundle, lambda root: edit_weight(root / "weights/model.safetensors", "embedding", shift))
+    changed = tamper(bundle, lambda root: edit_weight(root / "weights/embedding.safetensors", "embedding", shift))
     assert set(failed(verify(changed, ORT))) == {"probe reference: embedding", "probe onnxruntime: embedding"}
 
 
@@ -148,7 +148,7 @@ def test_a_changed_head_fails_the_probe_of_the_head(tensor: str, bundle: Bundle,
     def scale(array: NDArray[np.float32]) -> None:
         array[3] *= 1.5
 
-    changed = tamper(bundle, lambda root: edit_weight(root / "weights/model.safetensors", tensor, scale))
+    changed = tamper(bundle, lambda root: edit_weight(root / "weights/head.safetensors", tensor, scale))
     assert set(failed(verify(changed, ORT))) == {"probe reference: head", "probe onnxruntime: head"}
 
 

@@ -46,7 +46,8 @@ FILES = (
     "tokenizer/tokenizer.json",
     "weights/layer.000.safetensors",
     "weights/layer.001.safetensors",
-    "weights/model.safetensors",
+    "weights/embedding.safetensors",
+    "weights/head.safetensors",
     *(f"graphs/{name}.onnx" for name in ("embed", "gather", "guidance", "head", "head_guided", "layer_skip")),
     *(f"graphs/layer_{kind}{form}.onnx" for kind in ("full", "partial", "adaptive") for form in ("", ".constant")),
 )
@@ -159,10 +160,10 @@ def test_one_flipped_byte_in_any_file_is_refused(original: Bundle, copy: Path) -
 
 
 def test_a_damaged_file_loads_nothing(copy: Path) -> None:
-    data = bytearray((copy / "weights/model.safetensors").read_bytes())
+    data = bytearray((copy / "weights/head.safetensors").read_bytes())
     data[-1] ^= 1
-    (copy / "weights/model.safetensors").write_bytes(data)
-    assert refuse(copy, "weights/model.safetensors was changed after the export (its sha256 differs)")
+    (copy / "weights/head.safetensors").write_bytes(data)
+    assert refuse(copy, "weights/head.safetensors was changed after the export (its sha256 differs)")
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "empty"])
@@ -348,7 +349,7 @@ def outside_data(graph: onnx.GraphProto, location: str) -> None:
     graph.initializer.append(tensor)
 
 
-@pytest.mark.parametrize("location", ["model.safetensors", "../weights/model.safetensors", "/etc/passwd"])
+@pytest.mark.parametrize("location", ["head.safetensors", "../weights/head.safetensors", "/etc/passwd"])
 def test_a_bound_graph_that_refers_to_data_outside_itself_is_refused(
     location: str, rewrite: Rewrite, copy: Path
 ) -> None:
@@ -358,7 +359,7 @@ def test_a_bound_graph_that_refers_to_data_outside_itself_is_refused(
         bundle.graph_bytes("layer_full")
 
 
-@pytest.mark.parametrize("location", ["/etc/passwd", "../weights/model.safetensors"])
+@pytest.mark.parametrize("location", ["/etc/passwd", "../weights/head.safetensors"])
 @pytest.mark.parametrize("change", ["one more", "instead", "instead, and the right word in a text"])
 def test_a_constant_graph_that_refers_to_a_file_is_refused(
     change: str, location: str, rewrite: Rewrite, copy: Path
