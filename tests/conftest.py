@@ -45,6 +45,19 @@ VARIANTS = {
 }
 """Shapes by name; the mask token is 96 and the end-of-text token 95."""
 
+LLADA_8B = ModelShape(
+    layers=32,
+    hidden=4096,
+    heads=32,
+    kv_heads=32,
+    head_dim=128,
+    mlp=12288,
+    vocab=126464,
+    max_length=4096,
+    norm_eps=1e-5,
+    rope_theta=5e5,
+)
+
 OpenModel = Callable[[str], DiffusionLM]
 
 
@@ -52,6 +65,12 @@ OpenModel = Callable[[str], DiffusionLM]
 def one_torch_thread() -> None:
     """Tiny matrices gain nothing from threads, and on a busy machine threads wait for one another at every operation."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llada_8b() -> ModelShape:
+    """The shape of the released model, for graphs, which hold no weights."""
+    return LLADA_8B
 
 
 @pytest.fixture(scope="session")

@@ -78,11 +78,15 @@ class Family:
 V = TypeVar("V", int, float, bool, str)
 
 
-def read_size(raw: Mapping[str, object], key: str, default: int) -> int:
-    """raw[key] as a number of at least 1."""
+SIZE_LIMIT = 10_000_000
+LAYER_LIMIT = 10_000
+
+
+def read_size(raw: Mapping[str, object], key: str, default: int, most: int = SIZE_LIMIT) -> int:
+    """raw[key] as a number from 1 to `most`, so that a damaged file cannot ask for all memory."""
     value = read(raw, key, int, default)
-    if value < 1:
-        raise CheckpointError(f"config.json: '{key}' is {value}, expected at least 1")
+    if not 1 <= value <= most:
+        raise CheckpointError(f"config.json: '{key}' is {value}, expected 1 to {most}")
     return value
 
 

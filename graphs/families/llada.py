@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.family import (
+    LAYER_LIMIT,
     Family,
     ModelConfig,
     SamplerDefaults,
@@ -65,7 +66,7 @@ def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
         )
     vocab = read(raw, "embedding_size", int, read(raw, "vocab_size", int, 50257))
     shape = ModelShape(
-        layers=read_size(raw, "n_layers", 12),
+        layers=read_size(raw, "n_layers", 12, LAYER_LIMIT),
         hidden=width,
         heads=heads,
         kv_heads=kv_heads,

@@ -20,18 +20,6 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linu
 
 RTX = BuildOptions(flavour="tensorrt-rtx", sm="8.9,12.0")
 TARGETS = ("8.9", "12.0")
-LLADA = ModelShape(
-    layers=32,
-    hidden=4096,
-    heads=32,
-    kv_heads=32,
-    head_dim=128,
-    mlp=12288,
-    vocab=126464,
-    max_length=4096,
-    norm_eps=1e-5,
-    rope_theta=5e5,
-)
 
 
 @pytest.fixture(scope="module")
@@ -74,30 +62,30 @@ def test_a_changed_plan_is_refused(built: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_all_engines_of_the_8b_shape_are_small(dtype: DType, library: TensorRt) -> None:
+def test_all_engines_of_the_8b_shape_are_small(dtype: DType, library: TensorRt, llada_8b: ModelShape) -> None:
     options = BuildOptions()
     plans = {
         name: build_plan(
             library,
-            build_onnx(spec, LLADA, dtype).SerializeToString(),
+            build_onnx(spec, llada_8b, dtype).SerializeToString(),
             spec,
-            dim_ranges(spec, LLADA.max_length, options),
+            dim_ranges(spec, llada_8b.max_length, options),
             TARGETS,
         )
-        for name, spec in graph_specs(LLADA).items()
+        for name, spec in graph_specs(llada_8b).items()
     }
     assert sum(map(len, plans.values())) < 20_000_000
 
 
-def test_a_graph_that_the_parser_refuses_is_named(library: TensorRt) -> None:
-    spec = graph_specs(LLADA)["embed"]
+def test_a_graph_that_the_parser_refuses_is_named(library: TensorRt, llada_8b: ModelShape) -> None:
+    spec = graph_specs(llada_8b)["embed"]
     with pytest.raises(DllmExportError, match="could not parse graph 'embed'"):
         build_plan(library, b"not a graph", spec, dim_ranges(spec, 4096, BuildOptions()), TARGETS)
 
 
 # -- sizes
-def test_ranges_cover_a_step_of_any_request() -> None:
-    specs = graph_specs(LLADA)
+def test_ranges_cover_a_step_of_any_request(llada_8b: ModelShape) -> None:
+    specs = graph_specs(llada_8b)
     options = BuildOptions(max_batch=3, max_length=2000, rows=64)
     assert dim_ranges(specs["layer_adaptive"], 4096, options) == {
         "B": (1, 1, 3),
