@@ -8,19 +8,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from dllm_export.errors import UsageError
-from dllm_export.exporter.tensorrt_library import TensorRt, choose_targets, load_tensorrt, require
-from dllm_export.graphs import GraphSpec
+from dllm_export.exporter.precision import set_precision
+from dllm_export.graphs import DType, GraphSpec
 from dllm_export.runtime.bundle import Bundle, file_digest, open_bundle
 from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Manifest, encode_manifest
 from dllm_export.runtime.options import flag, option
+from dllm_export.runtime.tensorrt.library import TensorRt, choose_targets, current_platform, load_tensorrt
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 Range = tuple[int, int, int]
 """Smallest, usual and largest size of a dim."""
+
+BUILD = 2
+"""Counts changes of this module that make other plans from the same graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +38,7 @@ class BuildOptions:
     sm: str = option("current", "compute capabilities, such as 8.9,12.0; current asks the GPU of this machine")
     max_batch: int = option(4, "most sequences in a batch")
     max_length: int | None = option(None, "longest prompt and response together; default: the model's own")
-    rows: int = option(256, "most rows of the response that the head looks at in a step")
+    rows: int = option(256, "response rows that engines are tuned for; the head takes no more of them in a step")
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_length", "rows"):
@@ -51,19 +58,22 @@ def build_engines(
     manifest, steps = bundle.manifest, len(bundle.specs)
     for number, (name, spec) in enumerate(bundle.specs.items()):
         report(f"engine {name}", number, steps)
-        ranges = dim_ranges(spec, bundle.manifest.shape.max_length, options)
-        key = _build_key(bundle, name, library, targets, ranges)
+        profiles = make_profiles(library, spec, manifest.shape.max_length, options)
+        key = _build_key(bundle, name, library, targets, profiles)
         if any(record.key == key for record in manifest.engines):
             continue
         start = time.perf_counter()
-        plan = build_plan(library, bundle.graph_bytes(name), spec, ranges, targets)
+        plan, flags = build_plan(library, bundle.graph_bytes(name), spec, manifest.dtype, profiles, targets)
         record = EngineRecord(
             graph=name,
             file=f"{folder}/{name}-{key[:12]}.plan",
             flavour=library.flavour,
             version=library.version,
             targets=targets,
-            ranges={dim: ranges[dim] for dim in sorted(ranges)},
+            platform=current_platform(),
+            cuda="" if library.targets else _driver_cuda(),
+            flags=flags,
+            profiles=tuple({dim: profile[dim] for dim in sorted(profile)} for profile in profiles),
             key=key,
             seconds=round(time.perf_counter() - start, 3),
         )
@@ -72,11 +82,33 @@ def build_engines(
     return open_bundle(bundle.path)
 
 
+def _driver_cuda() -> str:
+    from dllm_export.runtime.cuda import driver_cuda  # where no GPU is needed, no CUDA is installed either
+
+    return driver_cuda()
+
+
+def make_profiles(
+    library: TensorRt, spec: GraphSpec, model_length: int, options: BuildOptions
+) -> tuple[dict[str, Range], ...]:
+    """Size ranges of a graph, the narrowest first.
+
+    Standard TensorRT tunes for a profile's usual sizes, so that layers get one for the response's rows and one for the
+    whole sequence. TensorRT for RTX specialises at run time: one wide profile serves.
+    """
+    wide = dim_ranges(spec, model_length, options)
+    rows = min(options.rows, wide.get("S", (0, 0, 0))[2])
+    narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if dim in wide}
+    if library.targets or narrow == wide or not spec.name.startswith("layer_"):
+        return (wide,)
+    return (narrow, wide)
+
+
 def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:
-    """The optimisation profile of a graph: a range for each of its dynamic dims."""
+    """The widest sizes of a graph: a range for each of its dynamic dims."""
     length = min(options.max_length or model_length, model_length)
     rows = min(options.rows, length)
-    whole, some = (1, min(1024, length), length), (1, min(rows, 256), length)
+    whole, some = (1, min(1024, length), length), (1, rows, length)
     by_dim: dict[str, Range] = {
         "B": (1, 1, options.max_batch),
         "S": whole,
@@ -89,18 +121,37 @@ def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dic
 
 
 def build_plan(
-    library: TensorRt, onnx: bytes, spec: GraphSpec, ranges: Mapping[str, Range], targets: Sequence[str]
-) -> bytes:
-    """One serialised engine, or an error with the library's own messages."""
-    trt = library.module
-    logger = make_logger(trt)
-    builder = require(trt.Builder(logger), "create a builder", logger.messages)
-    network = require(builder.create_network(library.network_flags()), "create a network", logger.messages)
-    parser = trt.OnnxParser(network, logger)
+    library: TensorRt,
+    onnx: bytes,
+    spec: GraphSpec,
+    dtype: DType,
+    profiles: Sequence[Mapping[str, Range]],
+    targets: Sequence[str],
+) -> tuple[bytes, tuple[str, ...]]:
+    """One serialised engine and the builder flags it was made with, or an error with the library's own messages."""
+    module = library.module
+    builder: trt.Builder = library.require(module.Builder(library.logger), "create a builder")
+    network = library.require(builder.create_network(library.network_flags()), "create a network")
+    parser: trt.OnnxParser = module.OnnxParser(network, library.logger)
     if not parser.parse(onnx):
-        problems = [str(parser.get_error(place).desc()) for place in range(parser.num_errors)]
-        require(None, f"parse graph '{spec.name}'", [*problems, *logger.messages])
+        library.logger.messages = [
+            *(str(parser.get_error(place).desc()) for place in range(parser.num_errors)),
+            *library.logger.messages,
+        ]
+        library.require(None, f"parse graph '{spec.name}'")
     config = builder.create_builder_config()
+    for ranges in profiles:
+        profile = make_profile(builder, spec, ranges)
+        if ranges:
+            library.require(config.add_optimization_profile(profile), f"accept the size ranges of '{spec.name}'")
+    flags = set_precision(library, network, config, dtype)
+    set_targets(library, config, targets)
+    plan = library.require(builder.build_serialized_network(network, config), f"build graph '{spec.name}'")
+    return bytes(plan), flags
+
+
+def make_profile(builder: trt.Builder, spec: GraphSpec, ranges: Mapping[str, Range]) -> trt.IOptimizationProfile:
+    """The ranges as an optimisation profile: shapes of the inputs, and the value of `budget`."""
     profile = builder.create_optimization_profile()
     for tensor in spec.inputs:
         if tensor.name == "budget":
@@ -108,29 +159,18 @@ def build_plan(
         elif any(isinstance(dim, str) for dim in tensor.dims):
             shapes = [[ranges[dim][at] if isinstance(dim, str) else dim for dim in tensor.dims] for at in range(3)]
             profile.set_shape(tensor.name, *shapes)
-    if any(isinstance(dim, str) for tensor in spec.inputs for dim in tensor.dims):
-        require(config.add_optimization_profile(profile), "accept the size ranges", logger.messages)
+    return profile
+
+
+def set_targets(library: TensorRt, config: Any, targets: Sequence[str]) -> None:
+    """What only one flavour has: named compute capabilities, or contexts that share a profile."""
     if library.targets:
         config.num_compute_capabilities = len(targets)
         for place, target in enumerate(targets):
             config.set_compute_capability(library.capability(target), place)
-    plan = require(builder.build_serialized_network(network, config), f"build graph '{spec.name}'", logger.messages)
-    return bytes(plan)
-
-
-def make_logger(trt: Any) -> Any:
-    """A logger that keeps warnings and errors instead of printing them."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.messages: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.messages.append(message.strip())
-
-    return Logger()
+    sharing = getattr(getattr(library.module, "PreviewFeature", None), "PROFILE_SHARING_0806", None)
+    if sharing is not None:
+        config.set_preview_feature(sharing, True)
 
 
 def _has_budget(spec: GraphSpec) -> bool:
@@ -138,10 +178,15 @@ def _has_budget(spec: GraphSpec) -> bool:
 
 
 def _build_key(
-    bundle: Bundle, graph: str, library: TensorRt, targets: Sequence[str], ranges: Mapping[str, Range]
+    bundle: Bundle,
+    graph: str,
+    library: TensorRt,
+    targets: Sequence[str],
+    profiles: Sequence[Mapping[str, Range]],
 ) -> str:
     """Digest of everything a plan depends on: builds of the same inputs differ in bytes, so plans cannot be compared."""
-    parts = (library.flavour, library.version, targets, dict(sorted(ranges.items())))
+    sorted_profiles = [dict(sorted(profile.items())) for profile in profiles]
+    parts = (BUILD, library.flavour, library.version, targets, current_platform(), sorted_profiles)
     return hashlib.sha256(bundle.graph_bytes(graph) + msgspec.json.encode(parts)).hexdigest()
 
 

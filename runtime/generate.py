@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,10 @@ from dllm_export.runtime.request import Request
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.sampler import commit, propose
 from dllm_export.runtime.schedule import commit_counts
-from dllm_export.runtime.session import Program, Session
+from dllm_export.runtime.session import Session
 from dllm_export.runtime.trunk import RequestShape, Trunk
+
+T = TypeVar("T")
 
 GUIDANCE_WARMUP = 5
 """The guidance residual is fresh in the first steps whatever the interval (dLLM-Cache's released code)."""
@@ -70,11 +73,12 @@ class Clock:
 
     seconds: float = 0.0
 
-    def run(self, program: Program) -> None:
-        """Run a program and count its time."""
+    def time(self, work: Callable[[], T]) -> T:
+        """Do provider work, such as running a program or waiting for its results, and count its time."""
         start = time.perf_counter()
-        program()
+        result = work()
         self.seconds += time.perf_counter() - start
+        return result
 
 
 @dataclass(slots=True)
@@ -155,7 +159,7 @@ class Denoiser:
             blank = np.where(self._given, np.int32(self.special.mask), self._canvas)
             self._run_trunk(self.workspace.unconditional, blank, self._unconditional_steps)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
-            self._clock.run(self.workspace.head.prepare_guidance(*hidden))
+            self._clock.time(self.workspace.head.prepare_guidance(*hidden))
         return plan
 
     def _run_trunk(self, trunk: Trunk, canvas: NDArray[np.int32], step: int) -> StepPlan:
@@ -164,7 +168,7 @@ class Denoiser:
             step=step, layers=self.shape.layers, prompt_rows=request.prompt_rows, response_rows=request.response_rows
         )
         plan = self.policy.plan(state)
-        self._clock.run(trunk.prepare(plan, canvas))
+        self._clock.time(trunk.prepare(plan, canvas))
         self._passes += 1
         return plan
 
@@ -206,8 +210,8 @@ class Denoiser:
 
     def _candidates(self, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
         head, hidden = self.workspace.head, self.workspace.conditional.hidden
-        self._clock.run(head.prepare(hidden, index, banned, guided=self._guided))
-        candidates = head.read(index.shape[1])
+        self._clock.time(head.prepare(hidden, index, banned, guided=self._guided))
+        candidates = self._clock.time(lambda: head.read(index.shape[1]))
         if not np.isfinite(candidates.logsumexp).all():
             raise OverflowedError(
                 "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"

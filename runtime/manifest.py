@@ -70,8 +70,14 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     version: str
     targets: tuple[str, ...]
     """Compute capabilities, such as 8.9."""
-    ranges: dict[str, tuple[int, int, int]]
-    """Dim -> smallest, usual and largest size."""
+    platform: str
+    """Operating system and processor of the build, such as linux-x86_64."""
+    cuda: str
+    """CUDA version of the driver that it was built under, such as 12.8; empty where it was built without a GPU."""
+    flags: tuple[str, ...]
+    """Names of the builder flags that were set."""
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    """Size ranges that the plan was tuned for, the narrowest first: dim -> smallest, usual and largest size."""
     key: str
     """Digest of the graph, the library and the options: an engine with this key need not be built again."""
     seconds: float

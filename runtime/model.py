@@ -114,8 +114,12 @@ class DiffusionLM:
         denoiser = Denoiser(workspace, manifest.shape, manifest.tokens, request, options, policy, watch)
         try:
             yield from denoiser.frames()
-        finally:
+        except Exception:
+            raise  # whatever failed may have left it half allocated: its memory goes, and the next request starts anew
+        except BaseException:
             self._workspace = workspace
+            raise
+        self._workspace = workspace
 
     def run(
         self,

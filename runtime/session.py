@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, get_args
 
 from numpy.typing import NDArray
@@ -46,6 +46,33 @@ class GraphCall:
     tensors: Mapping[str, Buffer]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureReport:
+    """A captured step: its graph calls in words, and how often it was replayed."""
+
+    calls: str
+    replays: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionReport:
+    """What a session holds. Sizes in bytes; providers that do not manage device memory themselves report none."""
+
+    provider: str
+    library: str
+    engines: Mapping[str, str] = field(default_factory=dict)
+    """Graph -> file of its engine."""
+    contexts: int = 0
+    captures: tuple[CaptureReport, ...] = ()
+    capture_limit: int = 0
+    evicted: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Purpose (weights, workspace, buffers) -> bytes of device memory held."""
+    peak_memory: int = 0
+    allocations: int = 0
+    """Device allocations since the session was opened."""
+
+
 class Session(Protocol):
     """A provider with a bundle's graphs and weights open. A context manager; not safe for two threads at once."""
 
@@ -59,6 +86,10 @@ class Session(Protocol):
         """A program of these calls in this order."""
         ...
 
+    def inspect(self) -> SessionReport:
+        """What the session holds now."""
+        ...
+
     def close(self) -> None:
         """Free graphs, weights and buffers."""
         ...
@@ -68,8 +99,10 @@ class Session(Protocol):
 class SessionOptions:
     """Which provider runs the graphs, and on what."""
 
-    provider: str = option("onnxruntime", "what runs the graphs", choices=("onnxruntime", "torch"))
-    device: str = option("cpu", "where it runs", choices=("cpu", "cuda"))
+    provider: str = option("onnxruntime", "what runs the graphs", choices=("onnxruntime", "tensorrt", "torch"))
+    device: str = option(
+        "auto", "where it runs; auto takes cuda for tensorrt and cpu for the others", choices=("auto", "cpu", "cuda")
+    )
     threads: int = option(0, "CPU threads; 0 takes all cores")
     prepack: Prepack = option(
         "auto",
@@ -77,15 +110,32 @@ class SessionOptions:
         "kind; auto does it below 1 GB of weights",
         choices=get_args(Prepack),
     )
+    captures: int = option(
+        32,
+        "CUDA graphs kept, one per kind of step; 0 queues every engine call by itself (tensorrt, onnxruntime on cuda)",
+    )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            known = field.metadata.get("choices")
-            if known and getattr(self, field.name) not in known:
-                named = f"{flag(field.name)} is {getattr(self, field.name)!r}, expected one of: {', '.join(known)}"
+        for declared in fields(self):
+            known = declared.metadata.get("choices")
+            if known and getattr(self, declared.name) not in known:
+                named = (
+                    f"{flag(declared.name)} is {getattr(self, declared.name)!r}, expected one of: {', '.join(known)}"
+                )
                 raise UsageError(named)
         if self.threads < 0:
             raise UsageError(f"--threads is {self.threads}, expected 0 (all cores) or more")
+        if self.captures < 0:
+            raise UsageError(f"--captures is {self.captures}, expected 0 (none) or more")
+        if self.provider == "tensorrt" and self.device == "cpu":
+            raise UsageError("--device cpu does not go with --provider tensorrt, which runs on GPUs: leave it out")
+
+    @property
+    def place(self) -> str:
+        """cpu or cuda."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.provider == "tensorrt" else "cpu"
 
 
 def available_cores() -> int:
@@ -100,11 +150,15 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
             from dllm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
             return OnnxRuntimeSession(bundle, options)
+        if options.provider == "tensorrt":
+            from dllm_export.runtime.sessions.tensorrt import TensorRtSession
+
+            return TensorRtSession(bundle, options)
         from dllm_export.runtime.sessions.torch import TorchSession
 
         return TorchSession(bundle, options)
     except ModuleNotFoundError as error:
-        extra = {"onnxruntime": "onnxruntime", "torch": "export"}[options.provider]
+        extra = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "torch": "export"}[options.provider]
         raise IncompatibleError(
             f"provider '{options.provider}' needs the package {error.name}: pip install 'dllm-export[{extra}]'"
         ) from None

@@ -64,7 +64,8 @@ def describe_engine(manifest: Manifest, record: EngineRecord) -> dict[str, objec
         "flavour": record.flavour,
         "version": record.version,
         "targets": record.targets,
-        "ranges": record.ranges,
+        "profiles": record.profiles,
+        "flags": record.flags,
         "bytes": plan_bytes(manifest, record),
         "seconds": record.seconds,
     }

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -16,6 +16,7 @@ from rich.text import Text
 from dllm_export.errors import DllmExportError, IncompatibleError
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.session import GraphCall, SessionOptions, open_session
+from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour, find_library
 from dllm_export.tools.flags import Command, shared_flags
 from dllm_export.tools.machine import Machine, inspect_machine, pip_line
 from dllm_export.tools.output import format_bytes, make_table, print_json, print_pairs, print_table, print_warning
@@ -74,9 +75,10 @@ def try_bundle(path: Path | None) -> tuple[Bundle | None, DllmExportError | None
 
 
 def combinations() -> Iterator[tuple[str, str]]:
-    """Every provider with every device, as the runtime's options list them."""
+    """Every provider with every device that it can run on, as the runtime's options list them."""
     choices = {field.name: field.metadata.get("choices", ()) for field in fields(SessionOptions)}
-    return itertools.product(choices["provider"], choices["device"])
+    pairs = itertools.product(choices["provider"], choices["device"])
+    return (pair for pair in pairs if pair[1] != "auto" and pair != ("tensorrt", "cpu"))
 
 
 def probe(provider: str, device: str, bundle: Bundle | None) -> Finding:
@@ -138,7 +140,26 @@ def probe_torch(provider: str, device: str) -> str:
     return "works (slow: the reference that others are compared with)"
 
 
-PROBES: Mapping[str, Callable[[str, str], str]] = {"onnxruntime": probe_onnxruntime, "torch": probe_torch}
+def probe_tensorrt(provider: str, device: str) -> str:
+    """Find a library and a GPU that it runs on."""
+    libraries = [library for library in map(find_library, get_args(Flavour)) if library is not None]
+    if not libraries:
+        raise IncompatibleError(f"not installed: {pip_line('tensorrt')}, or {pip_line('tensorrt_rtx')}")
+    try:
+        from dllm_export.runtime.cuda import gpu_capability
+    except ModuleNotFoundError as error:
+        raise IncompatibleError(f"needs the package {error.name}: {pip_line('tensorrt')}") from None
+    capability, names = gpu_capability(), [f"{library.flavour} {library.version}" for library in libraries]
+    if all(library.flavour == "tensorrt-rtx" for library in libraries) and capability in REFUSED_BY_RTX:
+        raise IncompatibleError(f"{names[0]} does not run on compute capability {capability}: {pip_line('tensorrt')}")
+    return f"{', '.join(names)} on compute capability {capability}; with BUNDLE its engines are tried"
+
+
+PROBES: Mapping[str, Callable[[str, str], str]] = {
+    "onnxruntime": probe_onnxruntime,
+    "tensorrt": probe_tensorrt,
+    "torch": probe_torch,
+}
 
 
 def print_machine(machine: Machine) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_export import __version__
-from dllm_export.exporter.tensorrt_library import REFUSED_BY_RTX
+from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "numpy": ("numpy",),

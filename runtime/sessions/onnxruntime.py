@@ -13,7 +13,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import TensorType
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.session import GraphCall, Program, SessionOptions, available_cores
+from dllm_export.runtime.session import GraphCall, Program, SessionOptions, SessionReport, available_cores
 
 NUMPY_TYPES: Mapping[str, Any] = {
     "float32": np.float32,
@@ -54,7 +54,7 @@ class OnnxRuntimeSession:
     provider = "onnxruntime"
 
     def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
-        wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[options.device]
+        wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[options.place]
         if wanted not in ort.get_available_providers():
             raise IncompatibleError(
                 "--device cuda: this onnxruntime has no CUDA provider: pip install 'dllm-export[onnxruntime-gpu]'"
@@ -64,10 +64,10 @@ class OnnxRuntimeSession:
                 "onnxruntime has no bfloat16 kernels on the CPU, and its CUDA ones are not supported here: export with "
                 "--dtype float32 (or float16 on a GPU), or use --provider torch"
             )
-        self._bundle, self._device, self._provider = bundle, options.device, wanted
+        self._bundle, self._device, self._provider = bundle, options.place, wanted
         self._threads = options.threads or available_cores()
         small = bundle.weight_bytes <= PREPACK_LIMIT
-        self._prepack = options.device == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))
+        self._prepack = options.place == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))
         self._sessions: dict[tuple[str, int | None], ort.InferenceSession] = {}
         self._weights: dict[int, ort.OrtValue] = {}
 
@@ -93,6 +93,9 @@ class OnnxRuntimeSession:
                 session.run_with_iobinding(binding)
 
         return run
+
+    def inspect(self) -> SessionReport:
+        return SessionReport(provider=self.provider, library=f"onnxruntime {ort.__version__}")
 
     def _bind(self, call: GraphCall) -> tuple[ort.InferenceSession, ort.IOBinding]:
         spec, weights = self._bundle.specs[call.graph], self._graph_weights(call)

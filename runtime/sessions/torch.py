@@ -13,7 +13,7 @@ from dllm_export.errors import IncompatibleError
 from dllm_export.graphs import DType, TensorType
 from dllm_export.graphs.torch_ops import TorchOps
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.session import GraphCall, Program, SessionOptions
+from dllm_export.runtime.session import GraphCall, Program, SessionOptions, SessionReport
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
@@ -51,9 +51,9 @@ class TorchSession:
     provider = "torch"
 
     def __init__(self, bundle: Bundle, options: SessionOptions, *, dtype: DType | None = None) -> None:
-        if options.device == "cuda" and not torch.cuda.is_available():
+        if options.place == "cuda" and not torch.cuda.is_available():
             raise IncompatibleError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-        self._bundle, self._device = bundle, torch.device(options.device)
+        self._bundle, self._device = bundle, torch.device(options.place)
         self._dtype: DType = dtype or bundle.manifest.dtype
         self._weights: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
         self._shared: dict[int, torch.Tensor] = {}
@@ -82,6 +82,9 @@ class TorchSession:
                 self._run(call, weights)
 
         return run
+
+    def inspect(self) -> SessionReport:
+        return SessionReport(provider=self.provider, library=f"torch {torch.__version__}")
 
     def _run(self, call: GraphCall, weights: Mapping[str, torch.Tensor]) -> None:
         spec = self._bundle.specs[call.graph]

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from dllm_export.errors import DllmExportError, IncompatibleError, IntegrityError, UsageError
-from dllm_export.exporter.engines import BuildOptions, build_engines, build_plan, dim_ranges
+from dllm_export.exporter.engines import BuildOptions, build_engines, build_plan, dim_ranges, make_profiles
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
-from dllm_export.exporter.tensorrt_library import TensorRt, choose_targets, load_tensorrt
 from dllm_export.graphs import DType, ModelShape, graph_specs
 from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.tensorrt.library import TensorRt, choose_targets, load_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
 
@@ -69,9 +69,10 @@ def test_all_engines_of_the_8b_shape_are_small(dtype: DType, library: TensorRt, 
             library,
             build_onnx(spec, llada_8b, dtype).SerializeToString(),
             spec,
-            dim_ranges(spec, llada_8b.max_length, options),
+            dtype,
+            make_profiles(library, spec, llada_8b.max_length, options),
             TARGETS,
-        )
+        )[0]
         for name, spec in graph_specs(llada_8b).items()
     }
     assert sum(map(len, plans.values())) < 20_000_000
@@ -80,7 +81,7 @@ def test_all_engines_of_the_8b_shape_are_small(dtype: DType, library: TensorRt, 
 def test_a_graph_that_the_parser_refuses_is_named(library: TensorRt, llada_8b: ModelShape) -> None:
     spec = graph_specs(llada_8b)["embed"]
     with pytest.raises(DllmExportError, match="could not parse graph 'embed'"):
-        build_plan(library, b"not a graph", spec, dim_ranges(spec, 4096, BuildOptions()), TARGETS)
+        build_plan(library, b"not a graph", spec, "float16", [dim_ranges(spec, 4096, BuildOptions())], TARGETS)
 
 
 # -- sizes

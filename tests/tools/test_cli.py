@@ -285,7 +285,7 @@ EFFECTS = {
 }
 TESTED_APART = {
     *("--prompt", "--prompt-file", "--prompt-ids", "--infill", "--chat"),
-    *("--watch", "--report", "--json", "--debug", "--device"),
+    *("--watch", "--report", "--json", "--debug", "--device", "--captures"),
 }
 
 

@@ -7,10 +7,10 @@ every return value is checked: the library answers None or False where others ra
 from __future__ import annotations
 
 import importlib
+import platform
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from functools import cache
 from typing import Any, Literal, get_args
 
 from dllm_export.errors import DllmExportError, IncompatibleError, UsageError
@@ -23,11 +23,13 @@ REFUSED_BY_RTX = ("9.0", "10.0")
 
 @dataclass(frozen=True, slots=True)
 class TensorRt:
-    """One installed library."""
+    """One installed library. `module` is untyped because the flavours are two modules with nearly the same names."""
 
     flavour: Flavour
     version: str
-    module: ModuleType
+    module: Any
+    logger: Any
+    """The library keeps the first logger of a process, so that there is one; it collects instead of printing."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -37,6 +39,11 @@ class TensorRt:
         return tuple(
             sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda sm: tuple(map(int, sm.split("."))))
         )
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether the numbers' types come from the graph alone; 8.6 must be told (exporter/precision.py)."""
+        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     def network_flags(self) -> int:
         """Explicit batch and strong typing, as far as this release has them as flags."""
@@ -49,21 +56,56 @@ class TensorRt:
         """The library's constant for a named compute capability."""
         return getattr(self.module.ComputeCapability, "SM" + target.replace(".", ""))
 
+    def require(self, value: Any, what: str) -> Any:
+        """The value, or what the library logged since the last call as one readable error."""
+        messages, self.logger.messages = self.logger.messages, []
+        if value is None or value is False or (isinstance(value, int) and not isinstance(value, bool) and value < 0):
+            reason = "; ".join(dict.fromkeys(messages)) or "it gave no reason"
+            raise DllmExportError(f"TensorRT could not {what}: {reason}")
+        return value
+
 
 def load_tensorrt(flavour: str) -> TensorRt:
     """The library of this flavour; `auto` takes standard TensorRT first, since it runs on every GPU."""
     if flavour != "auto" and flavour not in MODULES:
         raise UsageError(f"--flavour is {flavour!r}, expected auto, tensorrt or tensorrt-rtx")
-    wanted = get_args(Flavour) if flavour == "auto" else (flavour,)
+    wanted: tuple[Flavour, ...] = get_args(Flavour)
+    if flavour != "auto":
+        wanted = tuple(name for name in wanted if name == flavour)
     for name in wanted:
-        try:
-            module = importlib.import_module(MODULES[name])
-        except ImportError:
-            continue
-        return TensorRt(name, str(module.__version__), module)
+        library = find_library(name)
+        if library is not None:
+            return library
     raise IncompatibleError(
         f"no TensorRT is installed (looked for {', '.join(wanted)}): pip install 'dllm-export[{wanted[-1]}]'"
     )
+
+
+@cache
+def find_library(flavour: Flavour) -> TensorRt | None:
+    """The installed library of a flavour, or None."""
+    try:
+        module = importlib.import_module(MODULES[flavour])
+    except ImportError:
+        return None
+    if not hasattr(module, "Builder"):  # a folder of type stubs imports as an empty package
+        return None
+    return TensorRt(flavour, str(module.__version__), module, make_logger(module))
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger that keeps errors for the next `require` instead of printing them."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.messages: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.messages.append(message.strip())
+
+    return Logger()
 
 
 def choose_targets(library: TensorRt, sm: str) -> tuple[str, ...]:
@@ -102,9 +144,6 @@ def current_capability() -> str:
     return found[0]
 
 
-def require(value: Any, what: str, messages: Sequence[str]) -> Any:
-    """The value, or the library's own messages as one readable error."""
-    if value is None or value is False or (isinstance(value, int) and not isinstance(value, bool) and value < 0):
-        reason = "; ".join(dict.fromkeys(messages)) or "it gave no reason"
-        raise DllmExportError(f"TensorRT could not {what}: {reason}")
-    return value
+def current_platform() -> str:
+    """Operating system and processor, such as linux-x86_64: standard TensorRT's plans do not leave it."""
+    return f"{platform.system()}-{platform.machine()}".lower()

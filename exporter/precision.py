@@ -1,0 +1,51 @@
+"""Number types of an engine. Where the library is strongly typed the graph says it all; TensorRT 8.6 must be told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dllm_export.errors import IncompatibleError
+from dllm_export.graphs import DType
+from dllm_export.runtime.tensorrt.library import TensorRt
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+PINNED_LAYERS = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION")
+"""Kinds of layers that compute; casts, constants, shuffles and shapes are only hints to a weakly typed builder, and
+setting a precision on a cast conflicts with the cast itself."""
+
+
+def set_precision(
+    library: TensorRt, network: trt.INetworkDefinition, config: trt.IBuilderConfig, dtype: DType
+) -> tuple[str, ...]:
+    """Make the engine compute in the types that the graph states; returns the names of the flags set.
+
+    A weakly typed builder takes casts as hints: it would run the float32 islands of a float16 graph (norm statistics,
+    softmax, drift) in float16, where the square of 256 overflows without an inf in sight.
+    """
+    flags = library.module.BuilderFlag
+    if dtype == "float32" and hasattr(flags, "TF32"):
+        config.clear_flag(flags.TF32)
+    if library.strongly_typed or dtype == "float32":
+        return ()
+    if dtype != "float16":
+        raise IncompatibleError(
+            f"{library.flavour} {library.version} has no {dtype}: export with --dtype float16, or float32"
+        )
+    names = ("FP16", "OBEY_PRECISION_CONSTRAINTS")
+    for name in names:
+        config.set_flag(getattr(flags, name))
+    pin_float32(library, network)
+    return names
+
+
+def pin_float32(library: TensorRt, network: trt.INetworkDefinition) -> None:
+    """Fix the layers whose result the graph declares as float32 to that type."""
+    trt = library.module
+    kinds = {getattr(trt.LayerType, name) for name in PINNED_LAYERS}
+    for place in range(network.num_layers):
+        layer = network.get_layer(place)
+        if layer.type in kinds and layer.get_output(0).dtype == trt.float32:
+            layer.precision = trt.float32
+            layer.set_output_type(0, trt.float32)

@@ -1,0 +1,317 @@
+"""TensorRT: bound weights and cached features stay in device memory; a step that comes again is one captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.errors import DllmExportError, IncompatibleError, ResourceError
+from dllm_export.graphs import TensorType
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.cuda import (
+    REMEDIES,
+    Capture,
+    DeviceMemory,
+    Event,
+    PinnedMemory,
+    Stream,
+    Uploader,
+    Usage,
+    driver_cuda,
+    free_memory,
+    gpu_capability,
+)
+from dllm_export.runtime.session import CaptureReport, GraphCall, SessionOptions, SessionReport
+from dllm_export.runtime.tensorrt.captures import Captures
+from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines
+from dllm_export.runtime.tensorrt.engine import ALIGNMENT, Context, Engine, to_engine_type
+from dllm_export.runtime.tensorrt.library import Flavour, TensorRt, current_platform, find_library
+from dllm_export.runtime.tensorrt.profiles import choose_profile, measure_sizes
+
+NUMPY_TYPES: Mapping[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int32": np.int32,
+    "int64": np.int64,
+    "bool": np.bool_,
+}
+
+
+class CudaBuffer:
+    """Device memory as a Buffer, with a pinned host mirror once it is written or read."""
+
+    def __init__(self, memory: DeviceMemory, dims: tuple[int, ...], type: Any, stream: Stream) -> None:
+        self.memory, self.dims, self._stream = memory, dims, stream
+        self._type = np.dtype(type)
+        self._size = int(np.prod(dims)) * self._type.itemsize
+        self._mirror: tuple[PinnedMemory, Event] | None = None
+
+    @property
+    def host(self) -> NDArray[Any]:
+        """What was written last."""
+        pinned, _ = self._mirrored()
+        array: NDArray[Any] = pinned.bytes[: self._size].view(self._type)
+        return array.reshape(self.dims)
+
+    def _mirrored(self) -> tuple[PinnedMemory, Event]:
+        if self._mirror is None:
+            self._mirror = PinnedMemory(self._size), Event()
+        return self._mirror
+
+    def write(self, array: NDArray[Any]) -> None:
+        pinned, sent = self._mirrored()
+        sent.wait()  # the last upload may still read the mirror
+        self.host[...] = array
+        self._stream.upload(self.memory.address, pinned.address, self._size)
+        sent.record(self._stream)
+
+    def read(self) -> NDArray[Any]:
+        pinned, _ = self._mirrored()
+        self._stream.download(pinned.address, self.memory.address, self._size)
+        self._stream.wait()
+        copied: NDArray[Any] = self.host.copy()
+        return copied
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRun:
+    """One engine call with everything that it binds; `keep` lives as long as a capture may replay it."""
+
+    context: Context
+    addresses: Mapping[str, int]
+    keep: tuple[object, ...]
+
+
+@dataclass(eq=False, slots=True)
+class StepProgram:
+    """Engine calls in order: queued one by one at the first run, captured at the second, replayed from then on."""
+
+    session: TensorRtSession
+    runs: tuple[EngineRun, ...]
+    title: str
+    _warm: bool = field(init=False, default=False)
+
+    def __call__(self) -> None:
+        captures, stream = self.session.captures, self.session.stream
+        capture = captures.get(id(self))
+        if capture is None and self._warm and captures.limit:
+            capture = stream.capture(self.queue)
+            captures.add(id(self), capture)
+            self.session.titles[id(self)] = self.title
+        if capture is None:
+            self.queue()  # the first run of a context initialises it, which a capture must not contain
+            self._warm = True
+        else:
+            capture.replay()
+
+    def queue(self) -> None:
+        """Queue every call."""
+        for run in self.runs:
+            run.context.queue(run.addresses, self.session.stream)
+
+    def __del__(self) -> None:
+        self.session.forget(id(self))
+
+
+class TensorRtSession:
+    """One engine per graph kind serves all layers; contexts and captures are made per shape, at first use."""
+
+    provider = "tensorrt"
+
+    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+        self._bundle = bundle
+        self.usage = Usage()
+        self.stream = Stream()
+        self.captures: Captures[Capture] = Captures(options.captures)
+        self.titles: dict[int, str] = {}
+        self._weights: dict[int, DeviceMemory] = {}
+        self._contexts: WeakValueDictionary[object, Context] = WeakValueDictionary()
+        self._buffers: WeakSet[DeviceMemory] = WeakSet()
+        try:
+            self._library, self._engines = self._load_engines()
+            scratch = max(engine.scratch_bytes for engine in self._engines.values())
+            self._require_memory(bundle.weight_bytes, scratch)
+            self._scratch = DeviceMemory(self.usage, "workspace", scratch)
+            self._load_weights()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> TensorRtSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- opening
+    def _load_engines(self) -> tuple[TensorRt, dict[str, Engine]]:
+        library, records = find_engines(self._bundle)
+        self._runtime = library.require(library.module.Runtime(library.logger), "create a runtime")
+        dtype, engines = self._bundle.manifest.dtype, {}
+        for graph, record in records.items():
+            plan = self._bundle.file(record.file).read_bytes()
+            engines[graph] = Engine(library, self._runtime, record, plan, self._bundle.specs[graph], dtype)
+        return library, engines
+
+    def _require_memory(self, weights: int, scratch: int) -> None:
+        free, total = free_memory()
+        if weights + scratch > free:
+            raise ResourceError(
+                f"this bundle needs {weights / 1e9:.2f} GB of device memory for weights and {scratch / 1e9:.2f} GB for "
+                f"workspace, {free / 1e9:.2f} GB of {total / 1e9:.2f} GB are free: {REMEDIES['workspace']}, or "
+                f"{REMEDIES['weights']}"
+            )
+
+    def _load_weights(self) -> None:
+        """Every stored tensor once, whichever graphs share it."""
+        uploader = Uploader(self.stream)
+        try:
+            for graph, spec in self._bundle.specs.items():
+                layers = range(self._bundle.manifest.shape.layers) if graph.startswith("layer_") else (None,)
+                for layer in layers if spec.weights else ():
+                    for array in self._bundle.graph_weights(graph, layer).values():
+                        address = array.__array_interface__["data"][0]
+                        if address not in self._weights:
+                            self._weights[address] = DeviceMemory(self.usage, "weights", array.nbytes)
+                            uploader.send(array, self._weights[address].address)
+        finally:
+            uploader.close()
+
+    # -- Session
+    def allocate(self, dims: tuple[int, ...], type: TensorType) -> CudaBuffer:
+        kind = NUMPY_TYPES[self._bundle.manifest.dtype if type == "compute" else type]
+        memory = DeviceMemory(self.usage, "buffers", int(np.prod(dims)) * np.dtype(kind).itemsize)
+        self._buffers.add(memory)
+        self.stream.clear(memory.address, memory.size)
+        return CudaBuffer(memory, dims, kind, self.stream)
+
+    def prepare(self, calls: Sequence[GraphCall]) -> StepProgram:
+        runs = tuple(self._bind(call) for call in calls)
+        return StepProgram(self, runs, describe_calls(calls))
+
+    def inspect(self) -> SessionReport:
+        """Engines, captures and memory as they are now."""
+        captured = (
+            CaptureReport(calls=self.titles[key], replays=capture.replays)  # type: ignore[index]
+            for key, capture in self.captures
+        )
+        return SessionReport(
+            provider=self.provider,
+            library=f"{self._library.flavour} {self._library.version}",
+            engines={graph: engine.record.file for graph, engine in self._engines.items()},
+            contexts=len(self._contexts),
+            captures=tuple(captured),
+            capture_limit=self.captures.limit,
+            evicted=self.captures.evicted,
+            memory={purpose: size for purpose, size in self.usage.held.items() if size},
+            peak_memory=self.usage.peak,
+            allocations=self.usage.allocations,
+        )
+
+    def close(self) -> None:
+        self.captures.clear()
+        for memory in (
+            *self._weights.values(),
+            *self._buffers,
+            *([self._scratch] if hasattr(self, "_scratch") else []),
+        ):
+            memory.free()
+        self._weights.clear()
+        self._engines = {}
+        self.stream.close()
+
+    def forget(self, program: int) -> None:
+        """Free the capture of a program that is gone."""
+        self.captures.discard(program)
+        self.titles.pop(program, None)
+
+    # -- a call as addresses
+    def _bind(self, call: GraphCall) -> EngineRun:
+        engine = self._engines[call.graph]
+        buffers: dict[str, CudaBuffer] = {}
+        for name, buffer in call.tensors.items():
+            assert isinstance(buffer, CudaBuffer)
+            buffers[name] = buffer
+        context = self._context(engine, buffers)
+        addresses = {
+            name: buffer.memory.address for name, buffer in buffers.items() if not engine.is_host(name)
+        } | self._weight_addresses(call)
+        unused = [self._discarded(context, tensor.name) for tensor in engine.spec.outputs if tensor.name not in buffers]
+        addresses |= {name: memory.address for name, memory in unused}
+        assert not any(address % ALIGNMENT for address in addresses.values())
+        return EngineRun(context, addresses, (*buffers.values(), *(memory for _, memory in unused)))
+
+    def _context(self, engine: Engine, buffers: Mapping[str, CudaBuffer]) -> Context:
+        """The context for these sizes: one per engine, shapes and host values, shared by all layers."""
+        spec = engine.spec
+        host = {
+            tensor.name: to_engine_type(buffers[tensor.name].host, engine.type_of(tensor.name))
+            for tensor in spec.inputs
+            if engine.is_host(tensor.name)
+        }
+        shapes = {tensor.name: buffers[tensor.name].dims for tensor in spec.inputs if tensor.name not in host}
+        key = (spec.name, tuple(shapes.items()), tuple((name, value.tobytes()) for name, value in host.items()))
+        context = self._contexts.get(key)
+        if context is None:
+            sizes = measure_sizes(spec, {name: buffer.dims for name, buffer in buffers.items()})
+            profile = choose_profile(spec.name, engine.record.profiles, sizes)
+            context = engine.create_context(profile, shapes, host, self._scratch, self.stream)
+            self._contexts[key] = context
+        return context
+
+    def _weight_addresses(self, call: GraphCall) -> dict[str, int]:
+        layer = call.layer if call.graph.startswith("layer_") else None
+        arrays = self._bundle.graph_weights(call.graph, layer)
+        return {name: self._weights[array.__array_interface__["data"][0]].address for name, array in arrays.items()}
+
+    def _discarded(self, context: Context, name: str) -> tuple[str, DeviceMemory]:
+        """Memory for an output that nobody reads: engines write all of theirs."""
+        kind = NUMPY_TYPES[context.engine.type_of(name)]
+        memory = DeviceMemory(self.usage, "buffers", int(np.prod(context.shape_of(name))) * np.dtype(kind).itemsize)
+        self._buffers.add(memory)
+        return name, memory
+
+
+def find_engines(bundle: Bundle) -> tuple[TensorRt, dict[str, Any]]:
+    """The installed library that has a fitting engine of every graph, and those engines; the first reason if none has."""
+    reasons: list[DllmExportError] = []
+    flavours: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
+    for flavour in flavours:
+        library = find_library(flavour)
+        if library is None:
+            continue
+        host = Host(
+            flavour=flavour,
+            version=library.version,
+            capability=gpu_capability(),
+            platform=current_platform(),
+            cuda=driver_cuda(),
+        )
+        try:
+            return library, choose_engines(bundle.manifest.engines, bundle.specs, host, str(bundle.path))
+        except IncompatibleError as error:
+            reasons.append(error)
+    if not reasons:
+        raise IncompatibleError(
+            "provider 'tensorrt' needs TensorRT: pip install 'dllm-export[tensorrt]', or 'dllm-export[tensorrt-rtx]'"
+        )
+    raise reasons[0]
+
+
+def describe_calls(calls: Sequence[GraphCall]) -> str:
+    """A program in a few words, such as embed, 32 layer_adaptive."""
+    return ", ".join(_runs(call.graph for call in calls))
+
+
+def _runs(names: Iterator[str]) -> Iterator[str]:
+    for name, group in groupby(names):
+        count = len(list(group))
+        yield f"{count} {name}" if count > 1 else name

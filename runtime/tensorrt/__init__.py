@@ -1,0 +1,1 @@
+"""TensorRT behind one module: library, compatibility, profiles, engines, and captures of whole steps."""

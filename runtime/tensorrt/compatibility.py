@@ -1,0 +1,71 @@
+"""Which of a bundle's engines fit here. Decided from the manifest alone, before any plan is given to the library.
+
+Rules (NVIDIA's engine compatibility tables): a plan of standard TensorRT runs with the same version on the same compute
+capability, operating system and processor; one of TensorRT for RTX with the same version on the capabilities it names. The
+driver must know the CUDA major version that the plan was built under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dllm_export.errors import IncompatibleError
+from dllm_export.runtime.manifest import EngineRecord
+from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What this machine offers an engine."""
+
+    flavour: Flavour
+    version: str
+    capability: str
+    """Of the GPU, such as 8.9."""
+    platform: str
+    cuda: str
+    """Newest CUDA version of the driver, such as 12.8."""
+
+
+def explain_misfit(record: EngineRecord, host: Host) -> str | None:
+    """Why this engine cannot run here, as the middle of a sentence; None if it can."""
+    if record.flavour != host.flavour:
+        return f"it was built with {record.flavour}, here {host.flavour} is installed"
+    if record.version != host.version:
+        return f"it was built with {record.flavour} {record.version}, here {host.version} is installed"
+    if host.capability not in record.targets:
+        return f"it was built for compute capability {' and '.join(record.targets)}, this GPU has {host.capability}"
+    if record.flavour == "tensorrt" and record.platform != host.platform:
+        return f"it was built on {record.platform}, this is {host.platform}"
+    if record.cuda and _major(record.cuda) > _major(host.cuda or "0"):
+        return f"it was built under a driver for CUDA {record.cuda}, this driver knows CUDA {host.cuda or 'nothing'}: update it"
+    return None
+
+
+def choose_engines(
+    records: Sequence[EngineRecord], graphs: Iterable[str], host: Host, bundle: str
+) -> dict[str, EngineRecord]:
+    """The newest engine of every graph that fits here, or one sentence with the command that builds what is missing."""
+    if host.flavour == "tensorrt-rtx" and host.capability in REFUSED_BY_RTX:
+        raise IncompatibleError(
+            f"TensorRT for RTX does not run on compute capability {host.capability}; install tensorrt on this GPU"
+        )
+    remedy = f"dllm-export build {bundle} --flavour {host.flavour} --sm {host.capability}"
+    if host.flavour == "tensorrt":
+        remedy = f"dllm-export build {bundle} --flavour tensorrt"
+    chosen = {}
+    for graph in graphs:
+        offered = [record for record in records if record.graph == graph]
+        if not offered:
+            raise IncompatibleError(f"the bundle has no engine of graph '{graph}': run '{remedy}'")
+        fitting = [record for record in offered if explain_misfit(record, host) is None]
+        if not fitting:
+            reason = explain_misfit(offered[-1], host)
+            raise IncompatibleError(f"the engine of graph '{graph}' does not fit: {reason}; run '{remedy}'")
+        chosen[graph] = fitting[-1]
+    return chosen
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])

@@ -1,0 +1,41 @@
+"""Which size ranges of an engine hold a call. Pure: no library, no device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dllm_export.errors import UsageError
+from dllm_export.graphs import GraphSpec
+
+Range = tuple[int, int, int]
+"""Smallest, usual and largest size of a dim."""
+
+Profile = Mapping[str, Range]
+
+FLAGS = {"B": "--max-batch", "S": "--max-length", "N": "--max-length", "X": "--max-length", "Q": "--max-length"}
+"""Dim -> the flag of `build` that widens it; the head's Q is --rows."""
+
+
+def measure_sizes(spec: GraphSpec, dims: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Sizes of a call's dim letters from the dims of its tensors by name."""
+    sizes: dict[str, int] = {}
+    for tensor in (*spec.inputs, *spec.outputs):
+        if tensor.name in dims:
+            for letter, size in zip(tensor.dims, dims[tensor.name], strict=True):
+                if isinstance(letter, str) and sizes.setdefault(letter, size) != size:
+                    raise ValueError(f"{spec.name}: {letter} is {sizes[letter]} and, in {tensor.name}, {size}")
+    return sizes
+
+
+def choose_profile(graph: str, profiles: Sequence[Profile], sizes: Mapping[str, int]) -> int:
+    """Index of the first, so the narrowest, profile that holds these sizes."""
+    for place, profile in enumerate(profiles):
+        if all(profile[dim][0] <= size <= profile[dim][2] for dim, size in sizes.items() if dim in profile):
+            return place
+    widest = profiles[-1]
+    dim = next(dim for dim, size in sizes.items() if dim in widest and not widest[dim][0] <= size <= widest[dim][2])
+    flag = "--rows" if dim == "Q" and graph.startswith("head") else FLAGS[dim]
+    raise UsageError(
+        f"this request has {dim} = {sizes[dim]} in graph '{graph}', its engine takes {widest[dim][0]} to {widest[dim][2]}: "
+        f"build again with {flag} {sizes[dim]}, or make the request smaller"
+    )
