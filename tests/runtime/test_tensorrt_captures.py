@@ -1,0 +1,113 @@
+"""The store of captured steps: which one makes room, and that none is closed twice or left open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_export.runtime.tensorrt.captures import Captures
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """Counts how often it was closed."""
+
+    closed: int = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def fill(captures: Captures[Step], *keys: str) -> dict[str, Step]:
+    """Steps added under these keys, in this order."""
+    steps = {key: Step() for key in keys}
+    for key, step in steps.items():
+        captures.add(key, step)
+    return steps
+
+
+def keys(captures: Captures[Step]) -> list[object]:
+    return [key for key, _ in captures]
+
+
+def test_the_least_recently_used_makes_room_and_is_closed() -> None:
+    captures: Captures[Step] = Captures(2)
+    steps = fill(captures, "a", "b")
+    assert captures.get("a") is steps["a"]
+    steps |= fill(captures, "c")
+    assert keys(captures) == ["a", "c"]
+    assert {key: step.closed for key, step in steps.items()} == {"a": 0, "b": 1, "c": 0}
+    assert captures.get("b") is None
+    assert (captures.evicted, len(captures)) == (1, 2)
+
+
+def test_a_limit_of_zero_keeps_nothing_open() -> None:
+    captures: Captures[Step] = Captures(0)
+    steps = fill(captures, "a", "b")
+    assert not len(captures)
+    assert captures.get("a") is None
+    assert [step.closed for step in steps.values()] == [1, 1]
+
+
+def test_a_discarded_step_is_closed_and_no_eviction() -> None:
+    captures: Captures[Step] = Captures(2)
+    steps = fill(captures, "a", "b")
+    captures.discard("a")
+    captures.discard("a")
+    captures.discard("never there")
+    assert (steps["a"].closed, steps["b"].closed, captures.evicted) == (1, 0, 0)
+    assert keys(captures) == ["b"]
+
+
+def test_clearing_closes_each_step_once() -> None:
+    captures: Captures[Step] = Captures(3)
+    steps = fill(captures, "a", "b", "c")
+    captures.clear()
+    captures.clear()
+    assert [step.closed for step in steps.values()] == [1, 1, 1]
+    assert keys(captures) == []
+    assert captures.evicted == 0
+
+
+def test_steps_may_go_while_they_are_listed() -> None:
+    captures: Captures[Step] = Captures(3)
+    fill(captures, "a", "b", "c")
+    for key, _ in captures:
+        captures.discard(key)
+    assert not len(captures)
+
+
+ACTIONS = st.lists(st.tuples(st.sampled_from(["get", "add", "discard", "clear"]), st.integers(0, 5)), max_size=60)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+@given(actions=ACTIONS)
+def test_any_sequence_does_what_a_list_in_order_of_use_would(limit: int, actions: list[tuple[str, int]]) -> None:
+    """The model: (key, step) pairs, the last one used last. A key is only added when it is not there, as programs do."""
+    captures: Captures[Step] = Captures(limit)
+    model: list[tuple[int, Step]] = []
+    gone: list[Step] = []
+    for action, key in actions:
+        found = next((pair for pair in model if pair[0] == key), None)
+        if action == "get":
+            assert captures.get(key) is (found and found[1])
+            model = [pair for pair in model if pair != found] + ([found] if found else [])
+        elif action == "add" and found is None:
+            captures.add(key, step := Step())
+            model.append((key, step))
+            while len(model) > limit:
+                gone.append(model.pop(0)[1])
+        elif action == "discard":
+            captures.discard(key)
+            gone += [found[1]] if found else []
+            model = [pair for pair in model if pair != found]
+        elif action == "clear":
+            captures.clear()
+            gone += [step for _, step in model]
+            model = []
+        assert list(captures) == model
+        assert {step.closed for step in gone} <= {1}
+        assert not any(step.closed for _, step in model)

@@ -1,0 +1,115 @@
+"""Which engines run where, decided from the manifest alone, and what to do about those that do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from dllm_export.errors import IncompatibleError
+from dllm_export.runtime.manifest import EngineRecord
+from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines, explain_misfit
+
+STANDARD = Host(flavour="tensorrt", version="10.13.0.35", capability="8.9", platform="linux-x86_64", cuda="12.8")
+RTX = Host(flavour="tensorrt-rtx", version="1.7.1.116", capability="8.9", platform="linux-x86_64", cuda="13.0")
+
+HERE = EngineRecord(
+    graph="embed",
+    file="engines/embed.plan",
+    flavour="tensorrt",
+    version="10.13.0.35",
+    targets=("8.9",),
+    platform="linux-x86_64",
+    cuda="12.8",
+    flags=(),
+    profiles=({"B": (1, 1, 4)},),
+    key="0" * 64,
+    seconds=1.0,
+)
+PORTABLE = msgspec.structs.replace(
+    HERE, flavour="tensorrt-rtx", version="1.7.1.116", targets=("8.9", "12.0"), platform="windows-amd64", cuda=""
+)
+STANDARD_LINE = "'dllm-export build BUNDLE --flavour tensorrt'"
+RTX_LINE = "'dllm-export build BUNDLE --flavour tensorrt-rtx --sm 8.9'"
+
+
+def test_an_engine_built_here_fits() -> None:
+    assert explain_misfit(HERE, STANDARD) is None
+
+
+def test_a_plan_of_tensorrt_for_rtx_fits_on_all_it_names_whatever_system_built_it() -> None:
+    assert explain_misfit(PORTABLE, RTX) is None
+    assert explain_misfit(PORTABLE, replace(RTX, capability="12.0")) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"flavour": "tensorrt-rtx", "version": "1.7.1.116"},
+            "it was built with tensorrt-rtx, here tensorrt is installed",
+        ),
+        ({"version": "10.9.0.34"}, "it was built with tensorrt 10.9.0.34, here 10.13.0.35 is installed"),
+        ({"targets": ("12.0",)}, "it was built for compute capability 12.0, this GPU has 8.9"),
+        ({"targets": ("8.6", "12.0")}, "it was built for compute capability 8.6 and 12.0, this GPU has 8.9"),
+        ({"platform": "linux-aarch64"}, "it was built on linux-aarch64, this is linux-x86_64"),
+        ({"cuda": "13.0"}, "it was built under a driver for CUDA 13.0, this driver knows CUDA 12.8: update it"),
+    ],
+)
+def test_every_reason_is_given_and_becomes_one_sentence_with_the_command(changes: dict[str, Any], reason: str) -> None:
+    record = msgspec.structs.replace(HERE, **changes)
+    assert explain_misfit(record, STANDARD) == reason
+    with pytest.raises(IncompatibleError) as refused:
+        choose_engines([record], ["embed"], STANDARD, "BUNDLE")
+    assert str(refused.value) == f"the engine of graph 'embed' does not fit: {reason}; run {STANDARD_LINE}"
+
+
+def test_a_driver_that_answers_no_version_knows_no_cuda() -> None:
+    reason = explain_misfit(HERE, replace(STANDARD, cuda=""))
+    assert reason == "it was built under a driver for CUDA 12.8, this driver knows CUDA nothing: update it"
+
+
+@pytest.mark.parametrize("cuda", ["12.0", "12.9", "11.8", ""])
+def test_only_the_major_version_of_cuda_must_be_known_to_the_driver(cuda: str) -> None:
+    assert explain_misfit(msgspec.structs.replace(HERE, cuda=cuda), STANDARD) is None
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    """As text, 9 would be newer than 12."""
+    assert explain_misfit(msgspec.structs.replace(HERE, cuda="9.2"), STANDARD) is None
+
+
+@pytest.mark.parametrize(("host", "line"), [(STANDARD, STANDARD_LINE), (RTX, RTX_LINE)])
+def test_a_graph_without_engines_is_named_with_the_command_that_builds_it(host: Host, line: str) -> None:
+    record = HERE if host is STANDARD else PORTABLE
+    with pytest.raises(IncompatibleError) as refused:
+        choose_engines([record], ["embed", "head"], host, "BUNDLE")
+    assert str(refused.value) == f"the bundle has no engine of graph 'head': run {line}"
+
+
+def test_the_newest_engine_that_fits_is_chosen_for_each_graph() -> None:
+    """The manifest lists engines in the order of their building; the last ones here are for another GPU."""
+    older, newer = (msgspec.structs.replace(HERE, file=f"{name}.plan") for name in ("older", "newer"))
+    elsewhere = msgspec.structs.replace(HERE, file="elsewhere.plan", targets=("12.0",))
+    head = msgspec.structs.replace(HERE, graph="head", file="head.plan")
+    records = [head, older, PORTABLE, newer, elsewhere, msgspec.structs.replace(elsewhere, graph="head")]
+    chosen = choose_engines(records, ["embed", "head"], STANDARD, "BUNDLE")
+    assert {graph: record.file for graph, record in chosen.items()} == {"embed": "newer.plan", "head": "head.plan"}
+    assert choose_engines(records, ["embed"], RTX, "BUNDLE") == {"embed": PORTABLE}
+
+
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+def test_tensorrt_for_rtx_is_refused_on_datacentre_gpus_before_any_command_is_offered(capability: str) -> None:
+    record = msgspec.structs.replace(PORTABLE, targets=(capability,))
+    with pytest.raises(IncompatibleError) as refused:
+        choose_engines([record], ["embed"], replace(RTX, capability=capability), "BUNDLE")
+    assert str(refused.value) == (
+        f"TensorRT for RTX does not run on compute capability {capability}; install tensorrt on this GPU"
+    )
+
+
+def test_standard_tensorrt_runs_on_datacentre_gpus() -> None:
+    record = msgspec.structs.replace(HERE, targets=("9.0",))
+    assert choose_engines([record], ["embed"], replace(STANDARD, capability="9.0"), "BUNDLE") == {"embed": record}
