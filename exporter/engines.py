@@ -3,83 +3,104 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dllm_export.errors import UsageError
-from dllm_export.exporter.precision import set_precision
-from dllm_export.graphs import DType, GraphSpec
+from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.build_progress import BuildProgress
+from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target
+from dllm_export.exporter.files import replace_file, require_writable
+from dllm_export.exporter.plans import build_plan
+from dllm_export.exporter.ranges import make_profiles
+from dllm_export.exporter.timing import TIMING_CACHE
 from dllm_export.runtime.bundle import Bundle, file_digest, open_bundle
 from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Manifest, encode_manifest
-from dllm_export.runtime.options import flag, option
-from dllm_export.runtime.tensorrt.library import TensorRt, choose_targets, current_platform, load_tensorrt
-
-if TYPE_CHECKING:
-    import tensorrt as trt
-
-Range = tuple[int, int, int]
-"""Smallest, usual and largest size of a dim."""
+from dllm_export.runtime.tensorrt.library import current_platform
+from dllm_export.runtime.tensorrt.profiles import Range
 
 BUILD = 2
-"""Counts changes of this module that make other plans from the same graph."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildOptions:
-    """For which library, GPUs and sizes to build."""
-
-    flavour: str = option("auto", "TensorRT library", choices=("auto", "tensorrt", "tensorrt-rtx"))
-    sm: str = option("current", "compute capabilities, such as 8.9,12.0; current asks the GPU of this machine")
-    max_batch: int = option(4, "most sequences in a batch")
-    max_length: int | None = option(None, "longest prompt and response together; default: the model's own")
-    rows: int = option(256, "response rows that engines are tuned for; the head takes no more of them in a step")
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_length", "rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{flag(name)} is {value}, expected at least 1")
+"""Counts changes of the build that make other plans from the same graph."""
 
 
 def build_engines(
     bundle: Bundle, options: BuildOptions, progress: Callable[[str, int, int], None] | None = None
 ) -> Bundle:
-    """Build what the bundle lacks for these options; the bundle's manifest then lists the plans."""
-    library = load_tensorrt(options.flavour)
-    targets = choose_targets(library, options.sm)
+    """Build what the bundle lacks for these options; the bundle's manifest then lists the plans.
+
+    Progress is counted in hundredths of the whole build.
+    """
+    target, manifest = choose_target(options), bundle.manifest
+    check_build(target.library, options, manifest.dtype, manifest.shape.max_length)
     report = progress or (lambda what, step, steps: None)
-    folder = f"engines/{library.flavour}-{library.version}-{'_'.join(targets)}"
-    manifest, steps = bundle.manifest, len(bundle.specs)
-    for number, (name, spec) in enumerate(bundle.specs.items()):
-        report(f"engine {name}", number, steps)
-        profiles = make_profiles(library, spec, manifest.shape.max_length, options)
-        key = _build_key(bundle, name, library, targets, profiles)
-        if any(record.key == key for record in manifest.engines):
-            continue
-        start = time.perf_counter()
-        plan, flags = build_plan(library, bundle.graph_bytes(name), spec, manifest.dtype, profiles, targets)
-        record = EngineRecord(
-            graph=name,
-            file=f"{folder}/{name}-{key[:12]}.plan",
-            flavour=library.flavour,
-            version=library.version,
-            targets=targets,
-            platform=current_platform(),
-            cuda="" if library.targets else _driver_cuda(),
-            flags=flags,
-            profiles=tuple({dim: profile[dim] for dim in sorted(profile)} for profile in profiles),
-            key=key,
-            seconds=round(time.perf_counter() - start, 3),
-        )
+    missing = find_missing(bundle, options, target)
+    if missing:
+        require_writable(bundle.path)
+    for number, (name, (profiles, key)) in enumerate(missing.items()):
+
+        def show(share: float, number: int = number, name: str = name) -> None:
+            report(f"engine {name} ({number + 1} of {len(missing)})", int(100 * (number + share) / len(missing)), 100)
+
+        show(0.0)
+        record, plan = build_engine(bundle, name, target, profiles, key, BuildProgress(show))
         manifest = _add_engine(bundle.path, manifest, record, plan)
-    report("engines", steps, steps)
+    report("engines", 100, 100)
     return open_bundle(bundle.path)
+
+
+def find_missing(
+    bundle: Bundle, options: BuildOptions, target: BuildTarget
+) -> dict[str, tuple[tuple[dict[str, Range], ...], str]]:
+    """Graphs without an engine for these options, with the size ranges and the key it will have."""
+    present = {record.key for record in bundle.manifest.engines}
+    missing = {}
+    for name, spec in bundle.specs.items():
+        profiles = make_profiles(target.library.flavour, spec, bundle.manifest.shape.max_length, options)
+        key = _build_key(bundle, name, target, profiles)
+        if key not in present:
+            missing[name] = (profiles, key)
+    return missing
+
+
+def build_engine(
+    bundle: Bundle,
+    graph: str,
+    target: BuildTarget,
+    profiles: tuple[dict[str, Range], ...],
+    key: str,
+    progress: BuildProgress,
+) -> tuple[EngineRecord, bytes]:
+    """The engine of one graph, and its record for the manifest."""
+    library, spec, start = target.library, bundle.specs[graph], time.perf_counter()
+    timing = None if library.targets else bundle.path / target.folder / TIMING_CACHE
+    if timing is not None:
+        timing.parent.mkdir(parents=True, exist_ok=True)
+    plan, flags = build_plan(
+        library,
+        bundle.graph_bytes(graph),
+        spec,
+        bundle.manifest.dtype,
+        profiles,
+        target.targets,
+        progress=progress,
+        timing=timing,
+    )
+    record = EngineRecord(
+        graph=graph,
+        file=f"{target.folder}/{graph}-{key[:12]}.plan",
+        flavour=library.flavour,
+        version=library.version,
+        targets=target.targets,
+        platform=current_platform(),
+        cuda="" if library.targets else _driver_cuda(),
+        flags=flags,
+        profiles=tuple({dim: profile[dim] for dim in sorted(profile)} for profile in profiles),
+        key=key,
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    return record, plan
 
 
 def _driver_cuda() -> str:
@@ -88,105 +109,11 @@ def _driver_cuda() -> str:
     return driver_cuda()
 
 
-def make_profiles(
-    library: TensorRt, spec: GraphSpec, model_length: int, options: BuildOptions
-) -> tuple[dict[str, Range], ...]:
-    """Size ranges of a graph, the narrowest first.
-
-    Standard TensorRT tunes for a profile's usual sizes, so that layers get one for the response's rows and one for the
-    whole sequence. TensorRT for RTX specialises at run time: one wide profile serves.
-    """
-    wide = dim_ranges(spec, model_length, options)
-    rows = min(options.rows, wide.get("S", (0, 0, 0))[2])
-    narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if dim in wide}
-    if library.targets or narrow == wide or not spec.name.startswith("layer_"):
-        return (wide,)
-    return (narrow, wide)
-
-
-def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:
-    """The widest sizes of a graph: a range for each of its dynamic dims."""
-    length = min(options.max_length or model_length, model_length)
-    rows = min(options.rows, length)
-    whole, some = (1, min(1024, length), length), (1, rows, length)
-    by_dim: dict[str, Range] = {
-        "B": (1, 1, options.max_batch),
-        "S": whole,
-        "N": whole,
-        "X": some,
-        "Q": (1, min(64, rows), rows if spec.name.startswith("head") else length),
-    }
-    dims = {dim for tensor in spec.inputs for dim in tensor.dims if isinstance(dim, str)}
-    return {dim: by_dim[dim] for dim in dims} | ({"Q": by_dim["Q"]} if _has_budget(spec) else {})
-
-
-def build_plan(
-    library: TensorRt,
-    onnx: bytes,
-    spec: GraphSpec,
-    dtype: DType,
-    profiles: Sequence[Mapping[str, Range]],
-    targets: Sequence[str],
-) -> tuple[bytes, tuple[str, ...]]:
-    """One serialised engine and the builder flags it was made with, or an error with the library's own messages."""
-    module = library.module
-    builder: trt.Builder = library.require(module.Builder(library.logger), "create a builder")
-    network = library.require(builder.create_network(library.network_flags()), "create a network")
-    parser: trt.OnnxParser = module.OnnxParser(network, library.logger)
-    if not parser.parse(onnx):
-        library.logger.messages = [
-            *(str(parser.get_error(place).desc()) for place in range(parser.num_errors)),
-            *library.logger.messages,
-        ]
-        library.require(None, f"parse graph '{spec.name}'")
-    config = builder.create_builder_config()
-    for ranges in profiles:
-        profile = make_profile(builder, spec, ranges)
-        if ranges:
-            library.require(config.add_optimization_profile(profile), f"accept the size ranges of '{spec.name}'")
-    flags = set_precision(library, network, config, dtype)
-    set_targets(library, config, targets)
-    plan = library.require(builder.build_serialized_network(network, config), f"build graph '{spec.name}'")
-    return bytes(plan), flags
-
-
-def make_profile(builder: trt.Builder, spec: GraphSpec, ranges: Mapping[str, Range]) -> trt.IOptimizationProfile:
-    """The ranges as an optimisation profile: shapes of the inputs, and the value of `budget`."""
-    profile = builder.create_optimization_profile()
-    for tensor in spec.inputs:
-        if tensor.name == "budget":
-            profile.set_shape_input(tensor.name, *([size] for size in ranges["Q"]))
-        elif any(isinstance(dim, str) for dim in tensor.dims):
-            shapes = [[ranges[dim][at] if isinstance(dim, str) else dim for dim in tensor.dims] for at in range(3)]
-            profile.set_shape(tensor.name, *shapes)
-    return profile
-
-
-def set_targets(library: TensorRt, config: Any, targets: Sequence[str]) -> None:
-    """What only one flavour has: named compute capabilities, or contexts that share a profile."""
-    if library.targets:
-        config.num_compute_capabilities = len(targets)
-        for place, target in enumerate(targets):
-            config.set_compute_capability(library.capability(target), place)
-    sharing = getattr(getattr(library.module, "PreviewFeature", None), "PROFILE_SHARING_0806", None)
-    if sharing is not None:
-        config.set_preview_feature(sharing, True)
-
-
-def _has_budget(spec: GraphSpec) -> bool:
-    return any(tensor.name == "budget" for tensor in spec.inputs)
-
-
-def _build_key(
-    bundle: Bundle,
-    graph: str,
-    library: TensorRt,
-    targets: Sequence[str],
-    profiles: Sequence[Mapping[str, Range]],
-) -> str:
+def _build_key(bundle: Bundle, graph: str, target: BuildTarget, profiles: Sequence[Mapping[str, Range]]) -> str:
     """Digest of everything a plan depends on: builds of the same inputs differ in bytes, so plans cannot be compared."""
     sorted_profiles = [dict(sorted(profile.items())) for profile in profiles]
-    parts = (BUILD, library.flavour, library.version, targets, current_platform(), sorted_profiles)
+    library = target.library
+    parts = (BUILD, library.flavour, library.version, target.targets, current_platform(), sorted_profiles)
     return hashlib.sha256(bundle.graph_bytes(graph) + msgspec.json.encode(parts)).hexdigest()
 
 
@@ -197,7 +124,7 @@ def _add_engine(root: Path, manifest: Manifest, record: EngineRecord, plan: byte
     """
     path = root / record.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, plan)
+    replace_file(path, plan)
     replaced = {
         other.file
         for other in manifest.engines
@@ -210,13 +137,7 @@ def _add_engine(root: Path, manifest: Manifest, record: EngineRecord, plan: byte
         engines=(*(other for other in manifest.engines if other.file not in replaced), record),
         files=(*(other for other in manifest.files if other.path not in replaced | {record.file}), entry),
     )
-    _replace(root / MANIFEST, encode_manifest(manifest))
+    replace_file(root / MANIFEST, encode_manifest(manifest))
     for file in replaced - {record.file}:
         (root / file).unlink(missing_ok=True)
     return manifest
-
-
-def _replace(path: Path, data: bytes) -> None:
-    work = path.with_name(f".{path.name}.partial")
-    work.write_bytes(data)
-    os.replace(work, path)

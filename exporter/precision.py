@@ -24,20 +24,25 @@ def set_precision(
     A weakly typed builder takes casts as hints: it would run the float32 islands of a float16 graph (norm statistics,
     softmax, drift) in float16, where the square of 256 overflows without an inf in sight.
     """
+    check_dtype(library, dtype)
     flags = library.module.BuilderFlag
     if dtype == "float32" and hasattr(flags, "TF32"):
         config.clear_flag(flags.TF32)
     if library.strongly_typed or dtype == "float32":
         return ()
-    if dtype != "float16":
-        raise IncompatibleError(
-            f"{library.flavour} {library.version} has no {dtype}: export with --dtype float16, or float32"
-        )
     names = ("FP16", "OBEY_PRECISION_CONSTRAINTS")
     for name in names:
         config.set_flag(getattr(flags, name))
     pin_float32(library, network)
     return names
+
+
+def check_dtype(library: TensorRt, dtype: DType) -> None:
+    """Refuse a type that the library has no numbers for."""
+    if not library.strongly_typed and dtype not in ("float32", "float16"):
+        raise IncompatibleError(
+            f"{library.flavour} {library.version} has no {dtype}: export with --dtype float16, or float32"
+        )
 
 
 def pin_float32(library: TensorRt, network: trt.INetworkDefinition) -> None:

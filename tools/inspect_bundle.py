@@ -11,6 +11,7 @@ import click
 from dllm_export.errors import IntegrityError
 from dllm_export.runtime.bundle import read_manifest
 from dllm_export.runtime.manifest import Manifest, TensorRecord
+from dllm_export.tools.engine_table import describe_engine, make_engine_table
 from dllm_export.tools.flags import Command, shared_flags
 from dllm_export.tools.output import format_bytes, make_table, print_json, print_pairs, print_table
 
@@ -82,9 +83,7 @@ def summarize(bundle: Path, manifest: Manifest, mask: str | None, problems: list
         },
         "bindings": _count_bindings(manifest),
         "files": [{"path": record.path, "bytes": record.size} for record in manifest.files],
-        "engines": [
-            {"graph": record.graph, "file": record.file, "targets": record.targets} for record in manifest.engines
-        ],
+        "engines": [describe_engine(manifest, record) for record in manifest.engines],
         "assumed": manifest.assumed,
         "tools": manifest.tools,
         "problems": problems,
@@ -92,7 +91,7 @@ def summarize(bundle: Path, manifest: Manifest, mask: str | None, problems: list
 
 
 def print_manifest(bundle: Path, manifest: Manifest, mask: str | None) -> None:
-    """The same for a person: facts, then graphs, then files."""
+    """The same for a person: facts, then graphs, engines and files."""
     shape, tokens = manifest.shape, asdict(manifest.tokens)
     chat = manifest.tokenizer is not None and manifest.tokenizer.chat_template is not None
     print_pairs(
@@ -124,7 +123,8 @@ def print_manifest(bundle: Path, manifest: Manifest, mask: str | None) -> None:
     files = make_table("folder", "files", "size", right=("files", "size"))
     for folder, sizes in (*folders.items(), ("in all", [record.size for record in manifest.files])):
         files.add_row(folder if folder != "/" else "./", str(len(sizes)), format_bytes(sum(sizes)))
-    for table in (graphs, files):
+    engines = (make_engine_table(manifest),) if manifest.engines else ()
+    for table in (graphs, *engines, files):
         click.echo()
         print_table(table)
 

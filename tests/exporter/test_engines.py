@@ -1,56 +1,113 @@
-"""TensorRT engines: the real compiler accepts every graph, without a GPU."""
+"""TensorRT engines of whole bundles: the real compiler accepts every graph, without a GPU."""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import signal
+import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from dllm_export.errors import DllmExportError, IncompatibleError, IntegrityError, UsageError
-from dllm_export.exporter.engines import BuildOptions, build_engines, build_plan, dim_ranges, make_profiles
+from dllm_export.errors import DllmExportError, IntegrityError, ResourceError, UsageError
+from dllm_export.exporter import files
+from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.engines import build_engines
 from dllm_export.exporter.onnx_graph import build_onnx
-from dllm_export.exporter.options import ExportOptions
+from dllm_export.exporter.options import ExportOptions, ExportType
 from dllm_export.exporter.pipeline import export
+from dllm_export.exporter.plans import build_plan
+from dllm_export.exporter.ranges import make_profiles
 from dllm_export.graphs import DType, ModelShape, graph_specs
 from dllm_export.runtime.bundle import Bundle, open_bundle
-from dllm_export.runtime.tensorrt.library import TensorRt, choose_targets, load_tensorrt
+from dllm_export.runtime.tensorrt.library import current_platform, load_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
 
 RTX = BuildOptions(flavour="tensorrt-rtx", sm="8.9,12.0")
 TARGETS = ("8.9", "12.0")
+HALF = [(variant, dtype) for variant in ("plain", "gqa", "bias", "tied") for dtype in ("float16", "bfloat16")]
 
 
 @pytest.fixture(scope="module")
-def library() -> TensorRt:
-    return load_tensorrt("tensorrt-rtx")
+def unbuilt(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle without engines; not to be written to."""
+    root = tmp_path_factory.mktemp("engines") / "unbuilt"
+    return export(tiny_checkpoints["gqa"], root, ExportOptions(dtype="float16", no_tokenizer=True))
 
 
 @pytest.fixture(scope="module")
-def built(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = tmp_path_factory.mktemp("engines") / "bundle"
-    bundle = export(tiny_checkpoints["gqa"], root, ExportOptions(dtype="float16", no_tokenizer=True))
-    return build_engines(bundle, RTX)
+def built(unbuilt: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same with all engines; not to be written to."""
+    return build_engines(copy_bundle(unbuilt, tmp_path_factory.mktemp("engines")), RTX)
 
 
-def test_every_graph_has_an_engine_that_the_manifest_lists_and_verifies(built: Bundle) -> None:
-    assert {record.graph for record in built.manifest.engines} == set(built.specs)
-    assert {record.targets for record in built.manifest.engines} == {TARGETS}
-    for record in built.manifest.engines:
-        assert 1000 < built.file(record.file).stat().st_size < 4_000_000
+def copy_bundle(bundle: Bundle, folder: Path) -> Bundle:
+    return open_bundle(shutil.copytree(bundle.path, folder / "bundle"))
 
 
+def plan_files(root: Path) -> set[str]:
+    """Every file below the folder of engines."""
+    return {path.relative_to(root).as_posix() for path in (root / "engines").rglob("*") if path.is_file()}
+
+
+# -- every graph of every model
+def test_no_variant_is_left_out(tiny_checkpoints: dict[str, Path]) -> None:
+    assert {variant for variant, _ in HALF} == set(tiny_checkpoints)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [*HALF, ("plain", "float32")])
+def test_every_graph_has_an_engine_that_the_manifest_lists_and_verifies(
+    variant: str, dtype: ExportType, tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ExportOptions(dtype=dtype, no_tokenizer=True)
+    bundle = build_engines(export(tiny_checkpoints[variant], tmp_path / "bundle", options), RTX)
+    assert [record.graph for record in bundle.manifest.engines] == list(bundle.specs)
+    for record in bundle.manifest.engines:
+        assert record.targets == TARGETS
+        assert record.platform == current_platform()
+        assert (record.cuda, record.flags) == ("", ())
+        assert record.seconds > 0
+        assert 1000 < bundle.file(record.file).stat().st_size < 4_000_000
+    assert plan_files(bundle.path) == {record.file for record in bundle.manifest.engines}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_all_engines_of_the_8b_shape_are_small(dtype: DType, llada_8b: ModelShape) -> None:
+    library = load_tensorrt("tensorrt-rtx")
+    plans = {
+        name: build_plan(
+            library,
+            build_onnx(spec, llada_8b, dtype).SerializeToString(),
+            spec,
+            dtype,
+            make_profiles(library.flavour, spec, llada_8b.max_length, BuildOptions()),
+            TARGETS,
+        )[0]
+        for name, spec in graph_specs(llada_8b).items()
+    }
+    assert sum(map(len, plans.values())) < 20_000_000
+
+
+# -- again
 def test_a_second_build_does_nothing_and_other_sizes_build_again(built: Bundle, tmp_path: Path) -> None:
-    copy = open_bundle(shutil.copytree(built.path, tmp_path / "bundle"))
+    copy = copy_bundle(built, tmp_path)
     manifest = (copy.path / "manifest.json").read_bytes()
     assert build_engines(copy, RTX).manifest == copy.manifest
     assert (copy.path / "manifest.json").read_bytes() == manifest
     again = build_engines(copy, BuildOptions(flavour="tensorrt-rtx", sm="8.9,12.0", max_batch=2)).manifest
     assert len(again.engines) == len(copy.manifest.engines)
     assert not {record.key for record in again.engines} & {record.key for record in copy.manifest.engines}
-    plans = {path.relative_to(copy.path).as_posix() for path in copy.path.rglob("*.plan")}
-    assert plans == {record.file for record in again.engines}
+    assert plan_files(copy.path) == {record.file for record in again.engines}
+
+
+def test_the_same_gpus_in_another_order_are_the_same_engines(built: Bundle, tmp_path: Path) -> None:
+    copy = copy_bundle(built, tmp_path)
+    options = BuildOptions(flavour="tensorrt-rtx", sm="12.0, 8.9,8.9")
+    assert build_engines(copy, options).manifest == copy.manifest
 
 
 def test_a_changed_plan_is_refused(built: Bundle, tmp_path: Path) -> None:
@@ -61,69 +118,95 @@ def test_a_changed_plan_is_refused(built: Bundle, tmp_path: Path) -> None:
         open_bundle(root)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_all_engines_of_the_8b_shape_are_small(dtype: DType, library: TensorRt, llada_8b: ModelShape) -> None:
-    options = BuildOptions()
-    plans = {
-        name: build_plan(
-            library,
-            build_onnx(spec, llada_8b, dtype).SerializeToString(),
-            spec,
-            dtype,
-            make_profiles(library, spec, llada_8b.max_length, options),
-            TARGETS,
-        )[0]
-        for name, spec in graph_specs(llada_8b).items()
-    }
-    assert sum(map(len, plans.values())) < 20_000_000
+# -- progress, and what an interruption leaves
+def test_progress_grows_within_an_engine_to_a_hundred(unbuilt: Bundle, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    bundle = build_engines(copy_bundle(unbuilt, tmp_path), RTX, lambda *report: seen.append(report))
+    assert all(before[1] <= after[1] for before, after in pairwise(seen))
+    assert {steps for _, _, steps in seen} == {100}
+    assert seen[0] == ("engine embed (1 of 9)", 0, 100)
+    assert seen[-1] == ("engines", 100, 100)
+    for number, graph in enumerate(bundle.specs, 1):
+        assert len({step for what, step, _ in seen if what == f"engine {graph} ({number} of 9)"}) > 5
 
 
-def test_a_graph_that_the_parser_refuses_is_named(library: TensorRt, llada_8b: ModelShape) -> None:
-    spec = graph_specs(llada_8b)["embed"]
-    with pytest.raises(DllmExportError, match="could not parse graph 'embed'"):
-        build_plan(library, b"not a graph", spec, "float16", [dim_ranges(spec, 4096, BuildOptions())], TARGETS)
+def test_an_interrupted_build_leaves_whole_engines_only_and_goes_on_later(unbuilt: Bundle, tmp_path: Path) -> None:
+    copy, calls = copy_bundle(unbuilt, tmp_path), 0
+
+    def interrupt(what: str, step: int, steps: int) -> None:
+        nonlocal calls
+        calls += what.startswith("engine layer_partial")
+        if calls == 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(copy, RTX, interrupt)
+    assert calls == 50, "nothing is reported of a build that is to stop"
+    stopped = open_bundle(copy.path)
+    assert [record.graph for record in stopped.manifest.engines] == ["embed", "layer_full"]
+    assert plan_files(copy.path) == {record.file for record in stopped.manifest.engines}
+    finished = build_engines(stopped, RTX)
+    assert finished.manifest.engines[:2] == stopped.manifest.engines
+    assert len(finished.manifest.engines) == len(finished.specs)
 
 
-# -- sizes
-def test_ranges_cover_a_step_of_any_request(llada_8b: ModelShape) -> None:
-    specs = graph_specs(llada_8b)
-    options = BuildOptions(max_batch=3, max_length=2000, rows=64)
-    assert dim_ranges(specs["layer_adaptive"], 4096, options) == {
-        "B": (1, 1, 3),
-        "S": (1, 1024, 2000),
-        "X": (1, 64, 2000),
-        "Q": (1, 64, 2000),
-    }
-    assert dim_ranges(specs["head"], 4096, options)["Q"] == (1, 64, 64)
-    assert dim_ranges(specs["layer_full"], 4096, BuildOptions())["S"] == (1, 1024, 4096)
-    assert dim_ranges(specs["layer_full"], 100, BuildOptions())["S"] == (1, 100, 100)
+def test_ctrl_c_reaches_a_build_that_works_in_another_thread(unbuilt: Bundle, tmp_path: Path) -> None:
+    copy, main = copy_bundle(unbuilt, tmp_path), threading.get_ident()
+
+    def press(what: str, step: int, steps: int) -> None:
+        if what.startswith("engine layer_full") and threading.get_ident() != main:
+            signal.pthread_kill(main, signal.SIGINT)
+            threading.Event().wait(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(copy, RTX, press)
+    assert plan_files(copy.path) == {record.file for record in open_bundle(copy.path).manifest.engines}
 
 
-@pytest.mark.parametrize("field", ["max_batch", "max_length", "rows"])
-def test_sizes_below_one_are_refused(field: str) -> None:
-    with pytest.raises(UsageError, match=rf"--{field.replace('_', '-')} is 0"):
-        BuildOptions(**{field: 0})
+def test_a_plan_that_was_written_but_never_listed_is_built_again(
+    built: Bundle, unbuilt: Bundle, tmp_path: Path
+) -> None:
+    copy, record = copy_bundle(unbuilt, tmp_path), built.manifest.engines[0]
+    (copy.path / record.file).parent.mkdir(parents=True)
+    (copy.path / record.file).write_bytes(b"half of a plan")
+    assert open_bundle(copy.path).manifest.engines == ()
+    assert build_engines(copy, RTX).file(record.file).stat().st_size > 1000
 
 
-# -- which library and which GPU
-def test_hopper_is_refused_before_building_with_the_other_flavour_named(library: TensorRt) -> None:
-    with pytest.raises(IncompatibleError, match=r"does not run on compute capability 9\.0; use --flavour tensorrt"):
-        choose_targets(library, "8.9,9.0")
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        files.replace_file(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_an_unknown_capability_lists_the_known_ones(library: TensorRt) -> None:
-    with pytest.raises(UsageError, match=r"--sm 5\.0 is none of 7\.5, 8\.0, 8\.6, 8\.9, 12\.0"):
-        choose_targets(library, "5.0")
+# -- refused before anything is built
+@pytest.mark.parametrize(("number", "error"), [(errno.EROFS, UsageError), (errno.ENOSPC, ResourceError)])
+def test_a_bundle_that_takes_no_files_is_refused_first(
+    number: int, error: type[DllmExportError], unbuilt: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = copy_bundle(unbuilt, tmp_path)
+
+    def refuse(dir: Path) -> None:
+        raise OSError(number, os.strerror(number), str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(error, match=f"^cannot write into {copy.path}: "):
+        build_engines(copy, RTX)
+    assert not (copy.path / "engines").exists()
 
 
-def test_without_a_gpu_the_current_one_cannot_be_meant(library: TensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(IncompatibleError, match=r"no NVIDIA GPU answers here: name .* --sm 8\.9,12\.0"):
-        choose_targets(library, "current")
+def test_engines_that_are_there_need_no_writing(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("tempfile.TemporaryFile")
+    assert build_engines(built, RTX).manifest == built.manifest
 
 
-def test_a_library_that_is_not_installed_gives_the_pip_line() -> None:
-    with pytest.raises(IncompatibleError, match=r"pip install 'dllm-export\[tensorrt\]'"):
-        load_tensorrt("tensorrt")
-    with pytest.raises(UsageError, match="expected auto, tensorrt or tensorrt-rtx"):
-        load_tensorrt("rtx")
+def test_a_length_beyond_the_models_is_refused(unbuilt: Bundle) -> None:
+    with pytest.raises(UsageError, match="--max-length is 513, this model takes at most 512 tokens"):
+        build_engines(unbuilt, BuildOptions(flavour="tensorrt-rtx", sm="8.9", max_length=513))

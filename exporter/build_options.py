@@ -1,0 +1,32 @@
+"""The options of a build. Nothing heavy is imported here: the command line shows them without any TensorRT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dllm_export.errors import UsageError
+from dllm_export.runtime.options import flag, option
+
+LARGEST_BATCH = 65536
+"""Above it, dims of a layer leave the 32 bits that kernels index with; the compiler's own words for that help nobody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """For which library, GPUs and sizes to build."""
+
+    flavour: str = option("auto", "TensorRT library", choices=("auto", "tensorrt", "tensorrt-rtx"))
+    sm: str = option("current", "compute capabilities, such as 8.9,12.0; current asks the GPU of this machine")
+    max_batch: int = option(4, "most sequences in a batch")
+    max_length: int | None = option(None, "longest prompt and response together; default: the model's own")
+    rows: int = option(256, "response rows that engines are tuned for; the head takes no more of them in a step")
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_length", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{flag(name)} is {value}, expected at least 1")
+        if self.max_batch > LARGEST_BATCH:
+            raise UsageError(f"--max-batch is {self.max_batch}, expected at most {LARGEST_BATCH}")
+        if not self.sm.replace(",", "").strip():
+            raise UsageError("--sm is empty, expected compute capabilities, such as 8.9,12.0, or current")

@@ -1,0 +1,57 @@
+"""What a build is for: the library, why that one, and the GPUs. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from dllm_export.errors import UsageError
+from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.precision import check_dtype
+from dllm_export.graphs import DType
+from dllm_export.runtime.tensorrt.library import Flavour, TensorRt, choose_targets, find_library, load_tensorrt
+
+
+@dataclass(frozen=True, slots=True)
+class BuildTarget:
+    """A library and the compute capabilities that it builds for."""
+
+    library: TensorRt
+    reason: str
+    """Why this library, as words that follow its name."""
+    targets: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Where a bundle keeps these engines."""
+        return f"engines/{self.library.flavour}-{self.library.version}-{'_'.join(self.targets)}"
+
+
+def choose_target(options: BuildOptions) -> BuildTarget:
+    """The library and GPUs that the options mean here, or an error before anything is built."""
+    library = load_tensorrt(options.flavour)
+    # One set of GPUs is one folder and one key, however it was written.
+    targets = sorted(set(choose_targets(library, options.sm)), key=lambda sm: tuple(map(int, sm.split("."))))
+    return BuildTarget(library, _explain_choice(options.flavour), tuple(targets))
+
+
+def check_build(library: TensorRt, options: BuildOptions, dtype: DType, model_length: int) -> None:
+    """Refuse a type that the library lacks and sizes that the model does not have."""
+    check_dtype(library, dtype)
+    check_length(options, model_length)
+
+
+def check_length(options: BuildOptions, model_length: int) -> None:
+    """Refuse sequences longer than the model's positions."""
+    if options.max_length is not None and options.max_length > model_length:
+        raise UsageError(
+            f"--max-length is {options.max_length}, this model takes at most {model_length} tokens: leave it out, or make "
+            f"it smaller"
+        )
+
+
+def _explain_choice(flavour: str) -> str:
+    if flavour != "auto":
+        return "asked for"
+    others = [name for name in get_args(Flavour) if find_library(name) is not None]
+    return "the only one installed" if len(others) == 1 else "it runs on every GPU; --flavour takes the other"

@@ -1,0 +1,126 @@
+"""One ONNX graph -> one serialised TensorRT engine, or one readable error with the node that is at fault."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_export.exporter.build_progress import BuildProgress, make_monitor
+from dllm_export.exporter.precision import set_precision
+from dllm_export.exporter.ranges import VALUE_INPUT, input_ranges
+from dllm_export.exporter.timing import load_timing_cache, save_timing_cache
+from dllm_export.graphs import DType, GraphSpec
+from dllm_export.runtime.tensorrt.library import TensorRt
+from dllm_export.runtime.tensorrt.profiles import Range
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+SOURCE_PLACE = re.compile(r"\s*\bIn \w+ at /\S+?:\d+(?=[\s)]|$)")
+"""Where in its own source the library noticed: nothing that a reader has."""
+NOISE = ("Invalid Node - ", "[checkMacros.cpp::catchCudaError")
+"""Lines that repeat the node's name, or that say that there is no GPU where none is needed."""
+
+
+def build_plan(
+    library: TensorRt,
+    onnx: bytes,
+    spec: GraphSpec,
+    dtype: DType,
+    profiles: Sequence[Mapping[str, Range]],
+    targets: Sequence[str],
+    *,
+    progress: BuildProgress | None = None,
+    timing: Path | None = None,
+) -> tuple[bytes, tuple[str, ...]]:
+    """One serialised engine and the builder flags it was made with, or an error with the library's own messages."""
+    module = library.module
+    builder: trt.Builder = library.require(module.Builder(library.logger), "create a builder")
+    network = library.require(builder.create_network(library.network_flags()), "create a network")
+    parse_graph(library, network, onnx, spec.name)
+    config = builder.create_builder_config()
+    for ranges in profiles:
+        profile = make_profile(builder, spec, ranges)
+        if ranges:
+            library.require(config.add_optimization_profile(profile), f"accept the size ranges of '{spec.name}'")
+    flags = set_precision(library, network, config, dtype)
+    set_targets(library, config, targets)
+    # The names keep alive what the library only points to.
+    cache = load_timing_cache(library, config, timing) if timing is not None else None
+    plan = run_builder(library, builder, network, config, progress or BuildProgress(lambda share: None))
+    library.logger.messages = list(shorten(library.logger.messages))
+    plan = library.require(plan, f"build graph '{spec.name}'")
+    if timing is not None and cache is not None:
+        save_timing_cache(config, timing)
+    return bytes(plan), flags
+
+
+def run_builder(library: TensorRt, builder: Any, network: Any, config: Any, progress: BuildProgress) -> Any:
+    """The library's plan, or None. Ctrl-C ends the build at its next step.
+
+    The builder works in a thread of its own: this one then stays free to be interrupted, wherever the library calls from.
+    """
+    monitor = make_monitor(library.module, progress)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(builder.build_serialized_network, network, config)
+        try:
+            plan = work.result()
+        except KeyboardInterrupt as interrupt:
+            progress.failure = interrupt  # leaving the block waits until the library has let go
+    if progress.failure is not None:
+        library.logger.messages = []
+        raise progress.failure
+    return plan
+
+
+def parse_graph(library: TensorRt, network: Any, onnx: bytes, graph: str) -> None:
+    """Fill the network from ONNX bytes, or say which node the library refuses and why."""
+    parser: trt.OnnxParser = library.module.OnnxParser(network, library.logger)
+    if parser.parse(onnx):
+        return
+    errors = [parser.get_error(place) for place in range(parser.num_errors)]
+    # What 8.6 says of a node is its number; its name is in the log, which newer releases only repeat.
+    logged = [] if errors and all(hasattr(error, "node_name") for error in errors) else library.logger.messages
+    library.logger.messages = [*map(describe_error, errors), *shorten(logged)]
+    library.require(None, f"parse graph '{graph}'")
+
+
+def describe_error(error: Any) -> str:
+    """A parser's error as one line: the node, then what is wrong with it."""
+    name, operator = getattr(error, "node_name", str)(), getattr(error, "node_operator", str)()
+    reason = ", ".join(shorten([error.desc()])) or "it gave no reason"
+    if error.node() < 0:
+        return reason
+    node = f"node {error.node()}" + (f" '{name}'" if name else "") + (f" ({operator})" if operator else "")
+    return f"{node}: {reason}"
+
+
+def shorten(messages: Sequence[str]) -> Iterator[str]:
+    """Messages as single lines without the library's source places; noise stays only where it is all there is."""
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(NOISE)]
+    yield from (SOURCE_PLACE.sub("", line) for line in telling or lines)
+
+
+def make_profile(builder: trt.Builder, spec: GraphSpec, ranges: Mapping[str, Range]) -> trt.IOptimizationProfile:
+    """The ranges as an optimisation profile: shapes of the inputs, and the value of `budget`."""
+    profile = builder.create_optimization_profile()
+    for name, sizes in input_ranges(spec, ranges).items():
+        (profile.set_shape_input if name == VALUE_INPUT else profile.set_shape)(name, *sizes)
+    return profile
+
+
+def set_targets(library: TensorRt, config: Any, targets: Sequence[str]) -> None:
+    """What only one flavour has: named compute capabilities, or contexts that share a profile."""
+    if library.targets:
+        config.num_compute_capabilities = len(targets)
+        for place, target in enumerate(targets):
+            config.set_compute_capability(library.capability(target), place)
+    sharing = getattr(getattr(library.module, "PreviewFeature", None), "PROFILE_SHARING_0806", None)
+    if sharing is not None:
+        config.set_preview_feature(sharing, True)

@@ -1,0 +1,59 @@
+"""Size ranges of the engines, from the graphs and the options alone: no library, no device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.graphs import GraphSpec
+from dllm_export.runtime.tensorrt.library import Flavour
+from dllm_export.runtime.tensorrt.profiles import Range
+
+VALUE_INPUT = "budget"
+"""The one input that TensorRT reads before it runs: a range gives its value, not its shape."""
+
+
+def make_profiles(
+    flavour: Flavour, spec: GraphSpec, model_length: int, options: BuildOptions
+) -> tuple[dict[str, Range], ...]:
+    """Size ranges of a graph, the narrowest first.
+
+    Standard TensorRT tunes for a profile's usual sizes, so that layers get one for the response's rows and one for the
+    whole sequence. TensorRT for RTX specialises at run time: one wide profile serves.
+    """
+    wide = dim_ranges(spec, model_length, options)
+    rows = min(options.rows, *(high for _, _, high in wide.values() if high >= options.rows), options.rows)
+    narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if dim in wide}
+    if flavour == "tensorrt-rtx" or narrow == wide or "S" not in wide:
+        return (wide,)
+    return (narrow, wide)
+
+
+def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:
+    """The widest sizes of a graph: a range for each of its dynamic dims."""
+    length = min(options.max_length or model_length, model_length)
+    rows = min(options.rows, length)
+    whole, some = (1, min(1024, length), length), (1, rows, length)
+    by_dim: dict[str, Range] = {
+        "B": (1, 1, options.max_batch),
+        "S": whole,
+        "N": whole,
+        "X": some,
+        "Q": (1, min(64, rows), rows if spec.name.startswith("head") else length),
+    }
+    dims = {dim for tensor in spec.inputs for dim in tensor.dims if isinstance(dim, str)}
+    has_value = any(tensor.name == VALUE_INPUT for tensor in spec.inputs)
+    return {dim: by_dim[dim] for dim in dims} | ({"Q": by_dim["Q"]} if has_value else {})
+
+
+def input_ranges(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, tuple[list[int], ...]]:
+    """Smallest, usual and largest shape of every dynamic input; of `budget` the value."""
+    shapes: dict[str, tuple[list[int], ...]] = {}
+    for tensor in spec.inputs:
+        if tensor.name == VALUE_INPUT:
+            shapes[tensor.name] = tuple([size] for size in ranges["Q"])
+        elif any(isinstance(dim, str) for dim in tensor.dims):
+            shapes[tensor.name] = tuple(
+                [ranges[dim][at] if isinstance(dim, str) else dim for dim in tensor.dims] for at in range(3)
+            )
+    return shapes

@@ -1,0 +1,153 @@
+"""One plan: what is wrong with a graph reaches the user as one line with the node."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from onnx import TensorProto, helper
+
+from dllm_export.errors import DllmExportError
+from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.build_progress import BuildProgress
+from dllm_export.exporter.onnx_graph import build_onnx
+from dllm_export.exporter.plans import build_plan, describe_error, shorten
+from dllm_export.exporter.ranges import dim_ranges
+from dllm_export.graphs import ModelShape, graph_specs
+from dllm_export.runtime.tensorrt.library import TensorRt, load_tensorrt
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
+
+
+@pytest.fixture(scope="module")
+def library() -> TensorRt:
+    return load_tensorrt("tensorrt-rtx")
+
+
+def make_graph(nodes: list[tuple[str, list[str], str]], second_type: int = TensorProto.FLOAT) -> bytes:
+    """Inputs x [2, 2] in float16 and w [2, 2] in another type; nodes are named after their operator; the output is y."""
+    square = [2, 2]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT16, square),
+        helper.make_tensor_value_info("w", second_type, square),
+    ]
+    made = [
+        helper.make_node(kind, sources, [target], name=f"the_{kind.lower()}", domain="my" if kind == "Mine" else "")
+        for kind, sources, target in nodes
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT16, None)]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    model = helper.make_model(helper.make_graph(made, "graph", inputs, outputs), opset_imports=opsets, ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def refuse(library: TensorRt, llada_8b: ModelShape, onnx: bytes) -> str:
+    spec = graph_specs(llada_8b)["embed"]
+    with pytest.raises(DllmExportError) as refused:
+        build_plan(library, onnx, spec, "float16", [dim_ranges(spec, 4096, BuildOptions())], ("8.9",))
+    message = str(refused.value)
+    assert "\n" not in message
+    assert "/_src/" not in message
+    assert library.logger.messages == []
+    return message
+
+
+def test_bytes_that_are_no_graph_are_refused(library: TensorRt, llada_8b: ModelShape) -> None:
+    assert refuse(library, llada_8b, b"not a graph").startswith("TensorRT could not parse graph 'embed': ")
+
+
+@pytest.mark.parametrize("kind", ["NonZero", "Mine"])
+def test_an_operator_that_the_library_lacks_is_named_with_its_node(
+    kind: str, library: TensorRt, llada_8b: ModelShape
+) -> None:
+    message = refuse(library, llada_8b, make_graph([("Relu", ["x"], "r"), (kind, ["r"], "y")]))
+    assert message.startswith(f"TensorRT could not parse graph 'embed': node 1 'the_{kind.lower()}' ({kind}): ")
+    assert "lugin" in message, "the library's own reason follows"
+
+
+def test_a_product_of_two_types_is_named_with_both(library: TensorRt, llada_8b: ModelShape) -> None:
+    message = refuse(library, llada_8b, make_graph([("MatMul", ["x", "w"], "y")]))
+    assert message == (
+        "TensorRT could not parse graph 'embed': node 0 'the_matmul' (MatMul): ITensor::getDimensions: Error Code 4: API "
+        "Usage Error (the_matmul: IMatrixMultiplyLayer must have same input types. `A` is of type Half and `B` is of type "
+        "Float.)"
+    )
+
+
+def test_what_the_compiler_refuses_is_one_line_too(library: TensorRt, llada_8b: ModelShape) -> None:
+    spec = graph_specs(llada_8b)["layer_full"]
+    onnx = build_onnx(spec, llada_8b, "bfloat16").SerializeToString()
+    with pytest.raises(DllmExportError, match=r"could not build graph 'layer_full': .*sm75.*b16\.\)$") as refused:
+        build_plan(library, onnx, spec, "bfloat16", [dim_ranges(spec, 4096, BuildOptions())], ("7.5",))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_error_of_8_6_has_the_number_of_its_node_only() -> None:
+    old = SimpleNamespace(desc=lambda: "No importer registered for op: Foo", node=lambda: 3)
+    assert describe_error(old) == "node 3: No importer registered for op: Foo"
+    assert describe_error(SimpleNamespace(desc=lambda: "", node=lambda: -1)) == "it gave no reason"
+
+
+def test_noise_stays_where_it_is_all_there_is() -> None:
+    driver = "[checkMacros.cpp::catchCudaError::250] no driver"
+    assert list(shorten([f"{driver}\nreal\n"])) == ["real"]
+    assert list(shorten([driver])) == [driver]
+
+
+# -- progress
+def test_a_build_stops_soon_after_it_is_told_to(library: TensorRt, llada_8b: ModelShape) -> None:
+    spec = graph_specs(llada_8b)["layer_partial"]
+    onnx = build_onnx(spec, llada_8b, "float16").SerializeToString()
+
+    class Counted(BuildProgress):
+        calls = 0
+
+        def step(self, name: str, step: int) -> bool:
+            self.calls += 1
+            return super().step(name, step)
+
+    def build(stop_at: float) -> int:
+        def report(share: float) -> None:
+            if share >= stop_at:
+                raise InterruptedError
+
+        progress = Counted(report)
+        ranges = [dim_ranges(spec, 4096, BuildOptions())]
+        if stop_at > 1:
+            build_plan(library, onnx, spec, "float16", ranges, ("8.9",), progress=progress)
+        else:
+            with pytest.raises(InterruptedError):
+                build_plan(library, onnx, spec, "float16", ranges, ("8.9",), progress=progress)
+        return progress.calls
+
+    whole = build(stop_at=2)
+    assert whole > 300
+    assert build(stop_at=0.1) < whole / 2
+
+
+def test_nested_phases_are_one_share_that_never_falls() -> None:
+    shares: list[float] = []
+    progress = BuildProgress(shares.append)
+    progress.start("build", None, 2)
+    progress.start("inner", "build", 4)
+    for step in range(4):
+        assert progress.step("inner", step)
+    progress.finish("inner")
+    progress.step("build", 0)
+    progress.start("again", "build", 2)
+    progress.step("again", 0)
+    progress.step("unknown", 7)
+    progress.finish("again")
+    progress.step("build", 1)
+    assert shares == [0.125, 0.25, 0.375, 0.5, 0.5, 0.75, 0.75, 1.0]
+
+
+def test_after_a_failure_every_step_says_stop() -> None:
+    def report(share: float) -> None:
+        raise ZeroDivisionError
+
+    progress = BuildProgress(report)
+    progress.start("build", None, 2)
+    assert not progress.step("build", 0)
+    assert not progress.step("build", 1)
+    assert isinstance(progress.failure, ZeroDivisionError)

@@ -1,0 +1,191 @@
+"""`build`, `export --build` and the engines that `inspect` shows, through the command line and the real compiler."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllm_export.exporter import engines
+from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.options import ExportOptions
+from dllm_export.exporter.pipeline import export
+from dllm_export.runtime.bundle import open_bundle
+from dllm_export.tools import cli
+from dllm_export.tools.build_engines import spell_flags
+from dllm_export.tools.engine_table import describe_profiles
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
+
+ROOT = Path(__file__).resolve().parents[2]
+README_LINE = "dllm-export export models/worksheets-4m -o b --build --flavour tensorrt-rtx --sm 8.9,12.0"
+RTX = ("--flavour", "tensorrt-rtx", "--sm", "8.9,12.0")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs command lines in this process, in a directory that looks like a checkout."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> Outcome:
+        self._capsys.readouterr()
+        code = cli.run([str(argument) for argument in arguments])
+        captured = self._capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    def json(self, *arguments: object) -> Any:
+        """The result of a command that works, as JSON."""
+        result = self(*arguments, "--json")
+        assert result.code == 0, result.err
+        return json.loads(result.out)
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    return Shell(capsys)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle without engines; not to be written to."""
+    root = tmp_path_factory.mktemp("build") / "bundle"
+    return export(tiny_checkpoints["tied"], root, ExportOptions(dtype="bfloat16", no_tokenizer=True)).path
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+# -- from a model to engines
+def test_the_readmes_line_makes_engines_out_of_a_model(shell: Shell) -> None:
+    assert README_LINE in (ROOT / "README.md").read_text(encoding="utf-8")
+    result = shell(*shlex.split(README_LINE)[1:])
+    assert (result.code, result.out) == (0, "b\n")
+    assert result.err.startswith("tensorrt-rtx 1.")
+    assert ": asked for; compute capabilities 8.9, 12.0\nbuilt 9 engines in " in result.err
+    opened = open_bundle("b")
+    assert {record.graph for record in opened.manifest.engines} == set(opened.specs)
+
+
+def test_export_with_build_as_json_is_export_and_build(shell: Shell, tiny_checkpoints: dict[str, Path]) -> None:
+    result = shell.json(
+        "export", tiny_checkpoints["gqa"], "-o", "b", "--no-tokenizer", "--build", *RTX, "--max-batch", 1
+    )
+    assert result["build"]["built"] == 9
+    assert result["build"]["library"]["reason"] == "asked for"
+    assert result["build"]["options"]["max_batch"] == 1
+    assert result["digest"] == open_bundle("b").manifest.digest, "the digest is the finished bundle's"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (
+            "--build --flavour tensorrt-rtx --sm 8.9,9.0",
+            4,
+            "does not run on compute capability 9.0; use --flavour tensorrt",
+        ),
+        ("--build --flavour tensorrt-rtx --sm 5.0", 2, "--sm 5.0 is none of"),
+        ("--build --flavour tensorrt", 4, "pip install 'dllm-export[tensorrt]'"),
+        ("--build --flavour tensorrt-rtx --sm 8.9 --max-length 641", 2, "this model takes at most 640 tokens"),
+        ("--build --sm 8.9 --max-length 0", 2, "--max-length is 0, expected at least 1"),
+        ("--sm 8.9", 2, "--sm applies to --build: add --build, or leave it out"),
+        ("--max-batch 4", 2, "--max-batch applies to --build"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_export(flags: str, code: int, message: str, shell: Shell) -> None:
+    result = shell("export", "models/worksheets-4m", "-o", "b", *flags.split())
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not Path("b").exists()
+
+
+def test_a_failed_build_leaves_the_export_and_says_how_to_go_on(
+    shell: Shell, tiny_checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_plan, graphs = engines.build_plan, []
+
+    def fail(library: Any, onnx: bytes, spec: Any, *rest: Any, **named: Any) -> Any:
+        graphs.append(spec.name)
+        return build_plan(library, b"no graph" if len(graphs) == 3 else onnx, spec, *rest, **named)
+
+    monkeypatch.setattr(engines, "build_plan", fail)
+    result = shell("export", tiny_checkpoints["bias"], "-o", "a b", "--no-tokenizer", "--build", *RTX, "--rows", "64")
+    assert (result.code, result.out) == (1, "")
+    assert "error: TensorRT could not parse graph 'layer_partial'" in result.err
+    line = "dllm-export build 'a b' --flavour tensorrt-rtx --sm 8.9,12.0 --rows 64"
+    assert f"the export is finished and stays in a b, engines are missing; to go on: {line}\n" in result.err
+    assert len(open_bundle("a b").manifest.engines) == 2
+    monkeypatch.setattr(engines, "build_plan", build_plan)
+    assert shell(*shlex.split(line)[1:]).code == 0
+    assert len(open_bundle("a b").manifest.engines) == 9
+
+
+def test_options_are_spelt_as_flags_where_they_differ_from_the_defaults() -> None:
+    assert spell_flags(BuildOptions()) == ""
+    assert spell_flags(BuildOptions(sm="8.9", max_length=64)) == "--sm 8.9 --max-length 64"
+
+
+# -- build
+def test_a_build_says_what_it_built_and_the_next_that_all_is_there(shell: Shell, bundle: Path) -> None:
+    first = shell("build", bundle, "--sm", "8.9,12.0")
+    assert first.code == 0
+    assert ": the only one installed; compute capabilities 8.9, 12.0\nbuilt 9 engines in " in first.err
+    assert "B 1..4, S 1..512" in first.out
+    second = shell("build", bundle, "--sm", "8.9,12.0")
+    assert second.err.splitlines()[1:] == ["9 engines are up to date"]
+    assert second.out == first.out
+    result = shell.json("build", bundle, "--sm", "8.9,12.0")
+    assert (result["built"], result["up_to_date"]) == (0, 9)
+    assert result["library"]["flavour"] == "tensorrt-rtx"
+    assert result["library"]["reason"] == "the only one installed"
+    assert all(engine["seconds"] > 0 and engine["bytes"] > 1000 for engine in result["engines"])
+
+
+def test_a_dry_run_prints_a_command_per_graph_and_builds_nothing(shell: Shell, bundle: Path) -> None:
+    before = sorted(bundle.rglob("*"))
+    result = shell("build", bundle, "--dry-run", "--flavour", "tensorrt")
+    assert result.code == 0
+    assert [shlex.split(line)[:2] for line in result.out.splitlines()] == [
+        ["trtexec", f"--onnx={bundle}/graphs/{name}.onnx"] for name in open_bundle(bundle).specs
+    ]
+    assert result.err == "for trtexec: tensorrt is not installed\n"
+    lines = shell.json("build", bundle, "--dry-run", *RTX)["commands"]
+    assert all(line.startswith("tensorrt_rtx ") and " --computeCapabilities=89,120 " in line for line in lines.values())
+    assert sorted(bundle.rglob("*")) == before
+
+
+# -- inspect
+def test_inspect_lists_the_engines(shell: Shell, bundle: Path) -> None:
+    assert "compute capabilities" not in shell("inspect", bundle).out
+    assert shell("build", bundle, "--sm", "8.9").code == 0
+    text = shell("inspect", bundle).out
+    row = next(line for line in text.splitlines() if line.startswith("head_guided") and "tensorrt-rtx" in line)
+    assert row.endswith("B 1..4, Q 1..256, X 1..512")
+    found = shell.json("inspect", bundle)["engines"]
+    assert found == shell.json("build", bundle, "--sm", "8.9")["engines"]
+
+
+def test_profiles_in_short() -> None:
+    assert describe_profiles([{"B": (1, 1, 4), "Q": (1, 64, 256)}, {"B": (1, 1, 4), "Q": (1, 64, 4096)}]) == (
+        "B 1..4, Q 1..256 | B 1..4, Q 1..4096"
+    )
