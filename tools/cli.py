@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, Entry] = {
     "verify": Entry("verify_bundle", "Check that a bundle computes what its checkpoint computes."),
     "generate": Entry("generate_text", "Generate text, or fill masks in a text."),
     "inspect": Entry("inspect_bundle", "Show what is in a bundle."),
+    "dump": Entry("dump_graph", "Record one graph call of a generation as Polygraphy data."),
     "doctor": Entry("doctor", "Show what this machine can run, and what to install for the rest."),
     "bench": Entry("bench", "Measure the runtime against plain PyTorch on this machine, without and with the cache."),
     "demo": Entry("demo", "Export, verify and run the small trained model that comes with the repository."),
