@@ -23,8 +23,8 @@ from dllm_export.exporter import recording
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import graph_specs
-from dllm_export.runtime.bundle import Bundle, open_bundle
-from dllm_export.tools import cli
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.tools import cli, dump_graph
 from dllm_export.tools.demo_checkpoint import save_checkpoint
 from dllm_export.tools.demo_model import draw_weights
 from dllm_export.tools.dump_graph import CALLED_WITH
@@ -144,6 +144,25 @@ def test_the_step_and_the_layer_choose_the_call(byte_bundle: Bundle, tmp_path: P
     assert calls == {"first": (1, 0), "late": (3, 0), "second layer": (3, 1)}
 
 
+@pytest.mark.parametrize("step", [1, 3, 12])
+def test_the_tokens_of_a_step_have_what_the_steps_before_decided(step: int, dump: Dump, byte_bundle: Bundle) -> None:
+    (feed,) = load(dump("embed", f"--step {step}") / "inputs.json")
+    masked = feed["tokens"] == byte_bundle.manifest.tokens.mask
+    np.testing.assert_array_equal(masked.sum(1), [13 - step, 13 - step])
+
+
+def test_large_weights_are_announced(
+    byte_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = sum(array.nbytes for array in byte_bundle.graph_weights("embed", None).values())
+    for name, limit, note in (("small", weights + 1, ""), ("large", weights, "writing 67.6 kB of weights")):
+        monkeypatch.setattr(dump_graph, "LARGE", limit)
+        assert run_dump(byte_bundle, "embed", "-o", tmp_path / name) == 0
+        captured = capsys.readouterr()
+        assert captured.out == f"{tmp_path / name}\n"
+        assert captured.err.split(",")[0] == note
+
+
 def test_an_input_is_what_it_was_before_the_call(dump: Dump, byte_bundle: Bundle) -> None:
     (embedded,), (layer,) = load(dump("embed") / "outputs.json")[0][1], load(dump("layer_full") / "inputs.json")
     np.testing.assert_array_equal(layer["hidden"], embedded["hidden_out"])
@@ -252,8 +271,6 @@ def test_the_walk_through_runs_as_printed_and_notices_wrong_outputs(workspace: P
     for code in (dumping, comparing):
         done = run_shell(code, workspace)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-    assert open_bundle(workspace / "build" / "demo").manifest.dtype == "float32"
-
     outputs = workspace / "dump" / "outputs.json"
     kept, changed = outputs.read_text(), load(outputs)
     changed[0][1][0]["hidden_out"][0, -1, 0] += 0.5
