@@ -122,7 +122,8 @@ class Engine:
     def _runtime_config(self, strategy: Any) -> Any:
         """TensorRT for RTX: compile kernels for a shape at its first use, and leave capturing to us."""
         if self._config is None:
-            trt, config = self._library.module, self._engine.create_runtime_config()
+            trt = self._library.module
+            config: Any = self._engine.create_runtime_config()  # no other release has all of these names
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
