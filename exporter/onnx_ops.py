@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+INT64 = TensorProto.INT64
 OPSET = 17
 IR_VERSION = 8
 HIDDEN_SCORE = -1e30
@@ -39,6 +40,7 @@ class OnnxOps:
         self.initializers: list[TensorProto] = []
         self._constants: dict[tuple[object, ...], Value] = {}
         self._offsets: dict[Dim, Value] = {}
+        self._shapes: dict[tuple[Dim, ...], Value] = {}
         self._scope: tuple[str, ...] = ()
 
     @contextmanager
@@ -177,7 +179,21 @@ class OnnxOps:
 
     # -- layout
     def matmul(self, x: Value, weight: Value) -> Value:
-        return self._node("MatMul", (x, weight), x.type, (*x.dims[:-1], weight.dims[-1]))
+        dims = (*x.dims[:-1], weight.dims[-1])
+        if len(x.dims) != 3 or len(weight.dims) != 2:
+            return self._node("MatMul", (x, weight), x.type, dims)
+        # Rows flattened: TensorRT 8.6 spreads a matrix over the batch of a three-dimensional operand, copies included.
+        rows = self._reshape(x, (-1, int(x.dims[2])), ("rows", x.dims[2]))
+        product = self._node("MatMul", (rows, weight), x.type, ("rows", dims[2]))
+        return self._node("Reshape", (product, self._row_shape(x, int(dims[2]))), x.type, dims)
+
+    def _row_shape(self, x: Value, width: int) -> Value:
+        """[B, N, width] as a shape; shared by all rows with this B and N."""
+        key = (*x.dims[:2], width)
+        if key not in self._shapes:
+            sizes = (self._node("Unsqueeze", (self._size(x, axis), self._int64(0)), INT64, (1,)) for axis in (0, 1))
+            self._shapes[key] = self._node("Concat", (*sizes, self._int64(width)), INT64, (3,), axis=0)
+        return self._shapes[key]
 
     def matmul_transposed(self, x: Value, weight: Value) -> Value:
         return self.matmul(x, self._transpose(weight, (1, 0)))

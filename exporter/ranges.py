@@ -22,11 +22,11 @@ def make_profiles(
     whole sequence. TensorRT for RTX specialises at run time: one wide profile serves.
     """
     wide = dim_ranges(spec, model_length, options)
-    rows = min(options.rows, *(high for _, _, high in wide.values() if high >= options.rows), options.rows)
-    narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if dim in wide}
-    if flavour == "tensorrt-rtx" or narrow == wide or "S" not in wide:
+    if flavour == "tensorrt-rtx" or "S" not in wide:
         return (wide,)
-    return (narrow, wide)
+    rows = min(options.rows, wide["S"][2])
+    narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if dim in wide}
+    return (wide,) if narrow == wide else (narrow, wide)
 
 
 def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:

@@ -107,7 +107,7 @@ def verify(
         report("done", steps, steps)
     return Report(
         provider=options.provider,
-        device=options.device,
+        device=options.place,
         dtype=bundle.manifest.dtype,
         passed=all(check.passed for check in checks),
         checks=tuple(checks),

@@ -1,9 +1,14 @@
-"""ONNX Runtime, CPU and CUDA through one path: every input, output and weight is bound to memory that we own."""
+"""ONNX Runtime, CPU and CUDA through one path: every input, output and weight is bound to memory that we own.
+
+On CUDA all sessions share one stream, so that calls of a program follow each other without waiting for the host; each
+session is opened for fixed sizes, so that its shape arithmetic is folded away; and each call is captured as a CUDA graph.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -11,9 +16,13 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
 from dllm_export.errors import IncompatibleError, IntegrityError
-from dllm_export.graphs import TensorType
+from dllm_export.graphs import GraphSpec, TensorType
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.session import GraphCall, Program, SessionOptions, SessionReport, available_cores
+from dllm_export.runtime.tensorrt.profiles import measure_sizes
+
+if TYPE_CHECKING:
+    from dllm_export.runtime.cuda import Stream
 
 NUMPY_TYPES: Mapping[str, Any] = {
     "float32": np.float32,
@@ -48,6 +57,18 @@ class OrtBuffer:
         return host
 
 
+@dataclass(frozen=True, slots=True)
+class BoundRun:
+    """One run of an inference session with everything bound. `options` say whether it waits and what it captures."""
+
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+    options: ort.RunOptions
+
+    def __call__(self) -> None:
+        self.session.run_with_iobinding(self.binding, self.options)
+
+
 class OnnxRuntimeSession:
     """Bound weights: one inference session per graph kind serves all layers. Prepacked: one per graph and layer."""
 
@@ -68,8 +89,14 @@ class OnnxRuntimeSession:
         self._threads = options.threads or available_cores()
         small = bundle.weight_bytes <= PREPACK_LIMIT
         self._prepack = options.place == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))
-        self._sessions: dict[tuple[str, int | None], ort.InferenceSession] = {}
+        self._sessions: dict[object, ort.InferenceSession] = {}
         self._weights: dict[int, ort.OrtValue] = {}
+        self._capture_limit, self._captured = options.captures, 0
+        self._stream: Stream | None = None
+        if self._device == "cuda":
+            from dllm_export.runtime.cuda import Stream
+
+            self._stream = Stream()
 
     def __enter__(self) -> OnnxRuntimeSession:
         return self
@@ -80,26 +107,29 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         self._sessions.clear()
         self._weights.clear()
+        if self._stream is not None:
+            self._stream.close()
 
     def allocate(self, dims: tuple[int, ...], type: TensorType) -> OrtBuffer:
         name = self._bundle.manifest.dtype if type == "compute" else type
-        return OrtBuffer(np.zeros(dims, NUMPY_TYPES[name]), self._device)
+        # int64 tensors hold sizes (`budget`), which kernels read on the host.
+        return OrtBuffer(np.zeros(dims, NUMPY_TYPES[name]), "cpu" if type == "int64" else self._device)
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
-        runs = [self._bind(call) for call in calls]
+        runs = [self._bind(call, last=call is calls[-1]) for call in calls]
 
         def run() -> None:
-            for session, binding in runs:
-                session.run_with_iobinding(binding)
+            for bound in runs:
+                bound()
 
         return run
 
     def inspect(self) -> SessionReport:
         return SessionReport(provider=self.provider, library=f"onnxruntime {ort.__version__}")
 
-    def _bind(self, call: GraphCall) -> tuple[ort.InferenceSession, ort.IOBinding]:
+    def _bind(self, call: GraphCall, *, last: bool) -> BoundRun:
         spec, weights = self._bundle.specs[call.graph], self._graph_weights(call)
-        session = self._open_prepacked(call, weights) if self._prepack and weights else self._open_bound(call.graph)
+        session = self._open_prepacked(call, weights) if self._prepack and weights else self._open_bound(call)
         binding = session.io_binding()
         for tensor in spec.inputs:
             binding.bind_ortvalue_input(tensor.name, self._value(call, tensor.name))
@@ -108,25 +138,46 @@ class OnnxRuntimeSession:
                 binding.bind_ortvalue_output(tensor.name, self._value(call, tensor.name))
         for name, value in {} if self._prepack else weights.items():
             binding.bind_ortvalue_input(name, value)
-        return session, binding
+        return BoundRun(session, binding, self._run_options(capture=self._captures(spec), last=last))
+
+    def _captures(self, spec: GraphSpec) -> bool:
+        """Whether calls of a graph are captured. Sizes that arrive as values, such as `budget`, leave host work in it."""
+        return self._capture_limit > 0 and not any(tensor.type == "int64" for tensor in spec.inputs)
+
+    def _run_options(self, *, capture: bool, last: bool) -> ort.RunOptions:
+        options = ort.RunOptions()
+        if self._stream is not None:
+            if not last:  # the stream orders the calls; only the last of a program waits for it
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            # Every bound call is a capture of its own: a capture holds its addresses.
+            self._captured += 1
+            options.add_run_config_entry("gpu_graph_id", str(self._captured if capture else -1))
+        return options
 
     def _value(self, call: GraphCall, name: str) -> ort.OrtValue:
         buffer = call.tensors[name]
         assert isinstance(buffer, OrtBuffer)
         return buffer.value
 
-    def _open_bound(self, graph: str) -> ort.InferenceSession:
-        if (graph, None) not in self._sessions:
-            self._sessions[graph, None] = self._open(graph, self._bundle.graph_bytes(graph), {})
-        return self._sessions[graph, None]
+    def _open_bound(self, call: GraphCall) -> ort.InferenceSession:
+        sizes: dict[str, int] = {}
+        if self._stream is not None:
+            dims = {name: buffer.dims for name, buffer in call.tensors.items()}
+            sizes = measure_sizes(self._bundle.specs[call.graph], dims)
+        key = (call.graph, None, tuple(sorted(sizes.items())))
+        if key not in self._sessions:
+            self._sessions[key] = self._open(call.graph, self._bundle.graph_bytes(call.graph), {}, sizes)
+        return self._sessions[key]
 
     def _open_prepacked(self, call: GraphCall, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
         key = (call.graph, call.layer)
         if key not in self._sessions:
-            self._sessions[key] = self._open(call.graph, self._bundle.constant_graph_bytes(call.graph), weights)
+            self._sessions[key] = self._open(call.graph, self._bundle.constant_graph_bytes(call.graph), weights, {})
         return self._sessions[key]
 
-    def _open(self, graph: str, data: bytes, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
+    def _open(
+        self, graph: str, data: bytes, weights: Mapping[str, ort.OrtValue], sizes: Mapping[str, int]
+    ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -135,8 +186,16 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if weights:
             options.add_external_initializers(list(weights), list(weights.values()))
+        for dim, size in sizes.items():
+            options.add_free_dimension_override_by_name(dim, size)
+        settings = {}
+        if self._stream is not None:
+            settings = {
+                "user_compute_stream": str(self._stream.handle),
+                "enable_cuda_graph": str(int(self._captures(self._bundle.specs[graph]))),
+            }
         try:
-            return ort.InferenceSession(data, options, providers=[self._provider])
+            return ort.InferenceSession(data, options, providers=[(self._provider, settings)])
         except (InvalidProtobuf, InvalidGraph, InvalidArgument, Fail) as error:
             reason = str(error).splitlines()[0]
             raise IntegrityError(f"graph '{graph}' of the bundle does not load in onnxruntime: {reason}") from None
