@@ -19,6 +19,11 @@ class BuildOptions:
     sm: str = option("current", "compute capabilities, such as 8.9,12.0; current asks the GPU of this machine")
     max_batch: int = option(4, "most sequences in a batch")
     max_length: int | None = option(None, "longest prompt and response together; default: the model's own")
+    fixed: str = option(
+        "",
+        "sizes that get a profile of their own, tuned for nothing else (tensorrt), as dims of a graph: "
+        "S=1149,X=256,Q=64;S=1149,Q=64",
+    )
     rows: int = option(256, "response rows that engines are tuned for; the head takes no more of them in a step")
 
     def __post_init__(self) -> None:
@@ -28,5 +33,18 @@ class BuildOptions:
                 raise UsageError(f"{flag(name)} is {value}, expected at least 1")
         if self.max_batch > LARGEST_BATCH:
             raise UsageError(f"--max-batch is {self.max_batch}, expected at most {LARGEST_BATCH}")
+        parse_sizes(self.fixed)
         if not self.sm.replace(",", "").strip():
             raise UsageError("--sm is empty, expected compute capabilities, such as 8.9,12.0, or current")
+
+
+def parse_sizes(text: str) -> tuple[dict[str, int], ...]:
+    """Groups of fixed sizes, such as S=1149,Q=64;S=1149: a dict of dim letters each."""
+    groups = []
+    for group in filter(None, text.split(";")):
+        pairs = [part.partition("=") for part in group.split(",")]
+        sizes = {dim.strip(): int(size) for dim, _, size in pairs if size.strip().isdecimal()}
+        if len(sizes) != len(pairs) or not sizes.keys() <= set("SXQN") or min(sizes.values()) < 1:
+            raise UsageError(f"--fixed has {group!r}, expected sizes of the dims S, X, Q or N, such as S=1149,Q=64")
+        groups.append(sizes)
+    return tuple(groups)

@@ -21,7 +21,7 @@ from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Man
 from dllm_export.runtime.tensorrt.library import current_platform
 from dllm_export.runtime.tensorrt.profiles import Range
 
-BUILD = 2
+BUILD = 3
 """Counts changes of the build that make other plans from the same graph."""
 
 

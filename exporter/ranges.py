@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.build_options import BuildOptions, parse_sizes
 from dllm_export.graphs import GraphSpec
 from dllm_export.runtime.tensorrt.library import Flavour
 from dllm_export.runtime.tensorrt.profiles import Range
@@ -19,14 +19,20 @@ def make_profiles(
     """Size ranges of a graph, the narrowest first.
 
     Standard TensorRT tunes for a profile's usual sizes, so that layers get one for the response's rows and one for the
-    whole sequence. TensorRT for RTX specialises at run time: one wide profile serves.
+    whole sequence, besides the fixed sizes that were asked for. TensorRT for RTX specialises at run time: one wide profile
+    serves.
     """
     wide = dim_ranges(spec, model_length, options)
-    if flavour == "tensorrt-rtx" or "S" not in wide:
+    if flavour == "tensorrt-rtx":
         return (wide,)
-    rows = min(options.rows, wide["S"][2])
-    narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if dim in wide}
-    return (wide,) if narrow == wide else (narrow, wide)
+    fixed = [
+        wide | {dim: (size, size, size) for dim, size in sizes.items()}
+        for sizes in parse_sizes(options.fixed)
+        if sizes.keys() == wide.keys() - {"B"} and all(size <= wide[dim][2] for dim, size in sizes.items())
+    ]
+    rows = min(options.rows, wide["S"][2]) if "S" in wide else 0
+    narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if rows and dim in wide}
+    return (*fixed, wide) if narrow == wide else (*fixed, narrow, wide)
 
 
 def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:
