@@ -34,7 +34,8 @@ class Captures(Generic[C]):
         return self._values[key]
 
     def add(self, key: Hashable, value: C) -> None:
-        """Store a value; what no longer fits is closed."""
+        """Store a value as the most recently used; what it replaces and what no longer fits is closed."""
+        self.discard(key)
         self._values[key] = value
         while len(self._values) > self.limit:
             _, oldest = self._values.popitem(last=False)

@@ -62,6 +62,17 @@ def test_a_discarded_step_is_closed_and_no_eviction() -> None:
     assert keys(captures) == ["b"]
 
 
+def test_a_step_under_a_known_key_closes_the_one_before_and_counts_as_used_last() -> None:
+    captures: Captures[Step] = Captures(2)
+    before = fill(captures, "a", "b")
+    after = fill(captures, "a")
+    assert (before["a"].closed, after["a"].closed, captures.evicted) == (1, 0, 0)
+    assert keys(captures) == ["b", "a"]
+    fill(captures, "c")
+    assert keys(captures) == ["a", "c"]
+    assert (before["a"].closed, before["b"].closed) == (1, 1)
+
+
 def test_clearing_closes_each_step_once() -> None:
     captures: Captures[Step] = Captures(3)
     steps = fill(captures, "a", "b", "c")
@@ -86,7 +97,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["get", "add", "discard", "clear"])
 @pytest.mark.parametrize("limit", [0, 1, 3])
 @given(actions=ACTIONS)
 def test_any_sequence_does_what_a_list_in_order_of_use_would(limit: int, actions: list[tuple[str, int]]) -> None:
-    """The model: (key, step) pairs, the last one used last. A key is only added when it is not there, as programs do."""
+    """The model: (key, step) pairs, the last one used last."""
     captures: Captures[Step] = Captures(limit)
     model: list[tuple[int, Step]] = []
     gone: list[Step] = []
@@ -95,9 +106,10 @@ def test_any_sequence_does_what_a_list_in_order_of_use_would(limit: int, actions
         if action == "get":
             assert captures.get(key) is (found and found[1])
             model = [pair for pair in model if pair != found] + ([found] if found else [])
-        elif action == "add" and found is None:
+        elif action == "add":
             captures.add(key, step := Step())
-            model.append((key, step))
+            gone += [found[1]] if found else []
+            model = [*(pair for pair in model if pair != found), (key, step)]
             while len(model) > limit:
                 gone.append(model.pop(0)[1])
         elif action == "discard":
