@@ -34,8 +34,11 @@ def choose_profile(graph: str, profiles: Sequence[Profile], sizes: Mapping[str, 
             return place
     widest = profiles[-1]
     dim = next(dim for dim, size in sizes.items() if dim in widest and not widest[dim][0] <= size <= widest[dim][2])
+    least, _, most = widest[dim]
     flag = "--rows" if dim == "Q" and graph.startswith("head") else FLAGS[dim]
+    remedy = f"build again with {flag} {sizes[dim]}, or make the request smaller"
+    if sizes[dim] < least:
+        remedy = "make the request larger, or run it with --provider onnxruntime"
     raise UsageError(
-        f"this request has {dim} = {sizes[dim]} in graph '{graph}', its engine takes {widest[dim][0]} to {widest[dim][2]}: "
-        f"build again with {flag} {sizes[dim]}, or make the request smaller"
+        f"this request has {dim} = {sizes[dim]} in graph '{graph}', its engine takes {least} to {most}: {remedy}"
     )

@@ -71,6 +71,16 @@ def test_a_call_that_fits_nowhere_is_refused_with_the_dim_its_range_and_the_flag
         choose_profile(graph, [profile], sizes)
 
 
+@pytest.mark.parametrize(("least", "size"), [(1, 0), (8, 7)])
+def test_a_size_below_the_range_is_refused_without_a_flag_that_only_widens(least: int, size: int) -> None:
+    with pytest.raises(
+        UsageError, match=f"has S = {size} in graph 'embed', its engine takes {least} to 9: "
+    ) as refused:
+        choose_profile("embed", [{"S": (least, 8, 9)}], {"S": size})
+    assert "build again" not in str(refused.value)
+    assert "--max-length" not in str(refused.value)
+
+
 def test_the_range_in_the_message_is_that_of_the_widest_profile() -> None:
     with pytest.raises(UsageError, match="X = 101 in graph 'layer_adaptive', its engine takes 1 to 100"):
         choose_profile("layer_adaptive", BOTH, {"B": 1, "S": 100, "X": 101})
