@@ -7,6 +7,7 @@ driver must know the CUDA major version that the plan was built under.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,9 +52,9 @@ def choose_engines(
         raise IncompatibleError(
             f"TensorRT for RTX does not run on compute capability {host.capability}; install tensorrt on this GPU"
         )
-    remedy = f"dllm-export build {bundle} --flavour {host.flavour} --sm {host.capability}"
-    if host.flavour == "tensorrt":
-        remedy = f"dllm-export build {bundle} --flavour tensorrt"
+    remedy = f"dllm-export build {shlex.quote(bundle)} --flavour {host.flavour}"
+    if host.flavour == "tensorrt-rtx":
+        remedy += f" --sm {host.capability}"
     chosen = {}
     for graph in graphs:
         offered = [record for record in records if record.graph == graph]
@@ -61,7 +62,9 @@ def choose_engines(
             raise IncompatibleError(f"the bundle has no engine of graph '{graph}': run '{remedy}'")
         fitting = [record for record in offered if explain_misfit(record, host) is None]
         if not fitting:
-            reason = explain_misfit(offered[-1], host)
+            # Somebody who built for this library wants to know about those engines, not that there are others, too.
+            nearest = [record for record in offered if record.flavour == host.flavour] or offered
+            reason = explain_misfit(nearest[-1], host)
             raise IncompatibleError(f"the engine of graph '{graph}' does not fit: {reason}; run '{remedy}'")
         chosen[graph] = fitting[-1]
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +99,23 @@ def test_the_newest_engine_that_fits_is_chosen_for_each_graph() -> None:
     chosen = choose_engines(records, ["embed", "head"], STANDARD, "BUNDLE")
     assert {graph: record.file for graph, record in chosen.items()} == {"embed": "newer.plan", "head": "head.plan"}
     assert choose_engines(records, ["embed"], RTX, "BUNDLE") == {"embed": PORTABLE}
+
+
+def test_the_reason_is_that_of_the_installed_librarys_own_engines_first() -> None:
+    older = msgspec.structs.replace(HERE, version="10.9.0.34")
+    for records in ([older, PORTABLE], [PORTABLE, older]):
+        with pytest.raises(IncompatibleError, match=r"it was built with tensorrt 10\.9\.0\.34, here 10\.13"):
+            choose_engines(records, ["embed"], STANDARD, "BUNDLE")
+    with pytest.raises(IncompatibleError, match="it was built with tensorrt-rtx, here tensorrt is installed"):
+        choose_engines([PORTABLE], ["embed"], STANDARD, "BUNDLE")
+
+
+@pytest.mark.parametrize(("host", "flags"), [(STANDARD, "tensorrt"), (RTX, "tensorrt-rtx --sm 8.9")])
+def test_the_command_can_be_pasted_whatever_the_bundle_is_called(host: Host, flags: str) -> None:
+    with pytest.raises(IncompatibleError) as refused:
+        choose_engines([], ["embed"], host, "my bundles/it's")
+    line = str(refused.value).partition("run '")[2].removesuffix("'")
+    assert shlex.split(line) == ["dllm-export", "build", "my bundles/it's", "--flavour", *flags.split()]
 
 
 @pytest.mark.parametrize("capability", ["9.0", "10.0"])
