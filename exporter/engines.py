@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from dllm_export.errors import IntegrityError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target
@@ -16,7 +17,16 @@ from dllm_export.exporter.files import replace_file, require_writable
 from dllm_export.exporter.plans import build_plan
 from dllm_export.exporter.ranges import make_profiles
 from dllm_export.exporter.timing import TIMING_CACHE
-from dllm_export.runtime.bundle import Bundle, file_digest, open_bundle
+from dllm_export.graphs import graph_specs
+from dllm_export.runtime.bundle import (
+    ENGINES,
+    Bundle,
+    file_digest,
+    find_misstatement,
+    open_bundle,
+    read_manifest,
+    verify_file,
+)
 from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Manifest, encode_manifest
 from dllm_export.runtime.tensorrt.library import current_platform
 from dllm_export.runtime.tensorrt.profiles import Range
@@ -48,6 +58,36 @@ def build_engines(
         manifest = _add_engine(bundle.path, manifest, record, plan)
     report("engines", 100, 100)
     return open_bundle(bundle.path)
+
+
+def drop_damaged_engines(root: Path) -> tuple[str, ...]:
+    """Take plans that are missing or changed out of the manifest, so that they can be built again; returns their files.
+
+    Every other file is left to `open_bundle`, and so is what a plan's directory may hold beside the listed ones.
+    """
+    manifest = read_manifest(root)
+    specs = graph_specs(manifest.shape)
+    plans = {record.path: record for record in manifest.files if record.path.startswith(ENGINES)}
+    dropped = {path for path, record in plans.items() if _is_damaged(root, manifest, record)}
+    dropped |= {engine.file for engine in manifest.engines if find_misstatement(manifest, engine, specs)}
+    if not dropped:
+        return ()
+    require_writable(root)
+    manifest = msgspec.structs.replace(
+        manifest,
+        engines=tuple(engine for engine in manifest.engines if engine.file not in dropped),
+        files=tuple(record for record in manifest.files if record.path not in dropped & plans.keys()),
+    )
+    replace_file(root / MANIFEST, encode_manifest(manifest))
+    return tuple(sorted(dropped))
+
+
+def _is_damaged(root: Path, manifest: Manifest, record: FileRecord) -> bool:
+    try:
+        verify_file(root, manifest, record)
+    except IntegrityError:
+        return True
+    return False
 
 
 def find_missing(

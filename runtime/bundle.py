@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shlex
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from dllm_export.errors import IntegrityError, UsageError
 from dllm_export.graphs import DType, GraphSpec, graph_specs
 from dllm_export.runtime.manifest import (
     MANIFEST,
+    EngineRecord,
     FileRecord,
     Manifest,
     WeightRecord,
@@ -24,6 +27,7 @@ from dllm_export.runtime.manifest import (
     tensor_records,
 )
 from dllm_export.runtime.safetensors_file import SafetensorsFile, StoredTensor
+from dllm_export.runtime.tensorrt.library import build_command
 
 READ_SIZE = 8 * 2**20
 PLACEHOLDER = "given-when-opened"
@@ -31,6 +35,9 @@ PLACEHOLDER = "given-when-opened"
 LOCATION = b"\x0a\x08location\x12" + bytes([len(PLACEHOLDER)]) + PLACEHOLDER.encode()
 REFERENCE = bytes([0x6A, len(LOCATION)]) + LOCATION
 """That location as ONNX encodes it: field 13 of TensorProto with its length, so that nothing can hide inside it."""
+ENGINES = "engines/"
+"""Where plans lie: what can be built again without an export."""
+EXPORT_AGAIN = "export again"
 STORED_TYPES: Mapping[DType, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -102,10 +109,11 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     root = Path(path)
     manifest = read_manifest(root)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(partial(verify_file, root), manifest.files))
+        list(pool.map(partial(verify_file, root, manifest), manifest.files))
     bundle = Bundle(root, manifest, dict(graph_specs(manifest.shape)))
     check_graphs(bundle)
     check_bindings(bundle)
+    check_engines(bundle)
     return bundle
 
 
@@ -155,9 +163,55 @@ def check_bindings(bundle: Bundle) -> None:
                     )
 
 
-def verify_file(root: Path, record: FileRecord) -> None:
+def check_engines(bundle: Bundle) -> None:
+    """Every engine is a listed plan of a graph, with size ranges of that graph's dims."""
+    for record in bundle.manifest.engines:
+        problem = find_misstatement(bundle.manifest, record, bundle.specs)
+        if problem:
+            remedy = find_rebuild(bundle.path, record)
+            raise IntegrityError(f"{MANIFEST}: the engine of graph '{record.graph}' {problem}; {remedy}")
+
+
+def find_misstatement(manifest: Manifest, record: EngineRecord, specs: Mapping[str, GraphSpec]) -> str | None:
+    """What an engine's record says that cannot be so, as words after "the engine"; None if there is nothing."""
+    if record.graph not in specs:
+        return "belongs to no graph that this version runs"
+    if not record.file.startswith(ENGINES) or not any(file.path == record.file for file in manifest.files):
+        return f"is in '{record.file}', which {MANIFEST} does not list under {ENGINES}"
+    if not record.targets or not re.fullmatch(r"(\d+\.\d+)?", record.cuda):
+        return "does not say for which GPUs and driver it is"
+    if not record.profiles:
+        return "has no size ranges"
+    inputs = specs[record.graph].inputs
+    dims = {dim for tensor in inputs for dim in tensor.dims if isinstance(dim, str)}
+    dims |= {"Q"} if any(tensor.name == "budget" for tensor in inputs) else set()
+    for profile in record.profiles:
+        if profile.keys() != dims:
+            return f"has size ranges of {', '.join(sorted(profile)) or 'nothing'}, expected {', '.join(sorted(dims))}"
+        for dim, (least, usual, most) in profile.items():
+            if not 1 <= least <= usual <= most:
+                return f"takes {dim} from {least} to {most}, usually {usual}, which is no range"
+    return None
+
+
+def find_remedy(root: Path, manifest: Manifest, file: str) -> str:
+    """What replaces a file: a plan is built again, everything else comes from an export."""
+    if not file.startswith(ENGINES):
+        return EXPORT_AGAIN
+    return find_rebuild(root, next((engine for engine in manifest.engines if engine.file == file), None))
+
+
+def find_rebuild(root: Path, engine: EngineRecord | None) -> str:
+    """The command that builds an engine again, or all of them."""
+    line = f"dllm-export build {shlex.quote(str(root))}"
+    if engine is not None and engine.targets:
+        line = build_command(str(root), engine.flavour, engine.targets)
+    return f"build again with '{line}'"
+
+
+def verify_file(root: Path, manifest: Manifest, record: FileRecord) -> None:
     """Refuse a file that is missing, a link, or not the bytes that the manifest states."""
-    path = root
+    path, remedy = root, find_remedy(root, manifest, record.path)
     try:
         for part in record.path.split("/"):
             path = path / part
@@ -165,13 +219,13 @@ def verify_file(root: Path, record: FileRecord) -> None:
                 raise IntegrityError(f"{record.path} goes through a symbolic link; a bundle holds plain files only")
         found = path.is_file()
     except OSError as error:
-        raise IntegrityError(f"{record.path[:80]} cannot be a file here ({error.strerror}); export again") from None
+        raise IntegrityError(f"{record.path[:80]} cannot be a file here ({error.strerror}); {remedy}") from None
     if not found:
-        raise IntegrityError(f"{record.path} is missing from the bundle; export again")
+        raise IntegrityError(f"{record.path} is missing from the bundle; {remedy}")
     if path.stat().st_size != record.size:
-        raise IntegrityError(f"{record.path} has {path.stat().st_size} bytes, expected {record.size}; export again")
+        raise IntegrityError(f"{record.path} has {path.stat().st_size} bytes, expected {record.size}; {remedy}")
     if file_digest(path) != record.sha256:
-        raise IntegrityError(f"{record.path} was changed after the export (its sha256 differs); export again")
+        raise IntegrityError(f"{record.path} was changed after it was written (its sha256 differs); {remedy}")
 
 
 def file_digest(path: Path) -> str:

@@ -11,13 +11,13 @@ import click
 
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_target import BuildTarget, choose_target
-from dllm_export.exporter.engines import build_engines
+from dllm_export.exporter.engines import build_engines, drop_damaged_engines
 from dllm_export.exporter.trtexec import choose_tool, list_commands
 from dllm_export.runtime.bundle import Bundle, open_bundle, read_manifest
 from dllm_export.runtime.options import flag
 from dllm_export.tools.engine_table import describe_engine, make_engine_table
 from dllm_export.tools.flags import Command, Flag, describe, from_fields, shared_flags
-from dllm_export.tools.output import Report, plural, print_json, print_note, print_table, show_progress
+from dllm_export.tools.output import Report, plural, print_json, print_note, print_table, print_warning, show_progress
 
 
 @click.command("build", cls=Command)
@@ -39,7 +39,9 @@ def command(bundle: Path, options: BuildOptions, dry_run: bool, as_json: bool) -
     if dry_run:
         print_commands(bundle, options, as_json)
         return
-    opened, target = open_bundle(bundle), choose_target(options)
+    read_manifest(bundle)  # a wrong path is said before a missing library
+    target = choose_target(options)
+    opened = open_repaired(bundle)
     print_target(target)
     with show_progress() as progress:
         result = build(opened, options, target, progress)
@@ -81,6 +83,14 @@ class Result:
         parts = [f"built {plural(self.built, 'engine')} in {self.seconds:.1f} s"] if self.built else []
         parts += [f"{self.present} {is_are} up to date"] if self.present else []
         print_note("; ".join(parts))
+
+
+def open_repaired(path: Path) -> Bundle:
+    """The bundle without its damaged plans, which are named; any other damage is an error."""
+    dropped = drop_damaged_engines(path)
+    if dropped:
+        print_warning(f"{plural(len(dropped), 'engine')} missing or damaged, no longer listed: {', '.join(dropped)}")
+    return open_bundle(path)
 
 
 def build(bundle: Bundle, options: BuildOptions, target: BuildTarget, progress: Report) -> Result:

@@ -52,5 +52,5 @@ def describe_profiles(profiles: Iterable[Mapping[str, Range]]) -> str:
 
 
 def plan_bytes(manifest: Manifest, record: EngineRecord) -> int:
-    """Size of an engine's plan."""
-    return next(file.size for file in manifest.files if file.path == record.file)
+    """Size of an engine's plan; 0 if the manifest does not list it, which opening the bundle refuses."""
+    return next((file.size for file in manifest.files if file.path == record.file), 0)

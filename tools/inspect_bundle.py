@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from dllm_export.errors import IntegrityError
-from dllm_export.runtime.bundle import read_manifest
+from dllm_export.graphs import graph_specs
+from dllm_export.runtime.bundle import EXPORT_AGAIN, find_misstatement, find_rebuild, find_remedy, read_manifest
 from dllm_export.runtime.manifest import Manifest, TensorRecord
 from dllm_export.tools.engine_table import describe_engine, make_engine_table
 from dllm_export.tools.flags import Command, shared_flags
@@ -26,24 +27,31 @@ def command(bundle: Path, as_json: bool) -> None:
     runs a bundle checks the contents as well.
     """
     manifest = read_manifest(bundle)
-    problems = list(find_problems(bundle, manifest))
+    problems = dict(find_problems(bundle, manifest))
     mask = mask_text(bundle, manifest)
     if as_json:
-        print_json(summarize(bundle, manifest, mask, problems))
+        print_json(summarize(bundle, manifest, mask, list(problems)))
     else:
         print_manifest(bundle, manifest, mask)
     if problems:
-        raise IntegrityError(f"{'; '.join(problems[:3])}{'; ...' if len(problems) > 3 else ''}: export again")
+        # A new bundle needs new engines, too, so that the export comes first.
+        remedy = EXPORT_AGAIN if EXPORT_AGAIN in problems.values() else next(iter(problems.values()))
+        raise IntegrityError(f"{'; '.join(list(problems)[:3])}{'; ...' if len(problems) > 3 else ''}: {remedy}")
 
 
-def find_problems(bundle: Path, manifest: Manifest) -> Iterator[str]:
-    """Files that are missing or have another size than the manifest states."""
+def find_problems(bundle: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Files that are missing or have another size than the manifest states, and engines that cannot be; with remedies."""
     for record in manifest.files:
-        path = bundle / record.path
+        path, remedy = bundle / record.path, find_remedy(bundle, manifest, record.path)
         if not path.is_file():
-            yield f"{record.path} is missing"
+            yield f"{record.path} is missing", remedy
         elif path.stat().st_size != record.size:
-            yield f"{record.path} has {path.stat().st_size} bytes, expected {record.size}"
+            yield f"{record.path} has {path.stat().st_size} bytes, expected {record.size}", remedy
+    specs = graph_specs(manifest.shape)
+    for engine in manifest.engines:
+        problem = find_misstatement(manifest, engine, specs)
+        if problem:
+            yield f"the engine of graph '{engine.graph}' {problem}", find_rebuild(bundle, engine)
 
 
 def mask_text(bundle: Path, manifest: Manifest) -> str | None:

@@ -7,13 +7,12 @@ driver must know the CUDA major version that the plan was built under.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dllm_export.errors import IncompatibleError
 from dllm_export.runtime.manifest import EngineRecord
-from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour
+from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour, build_command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +51,7 @@ def choose_engines(
         raise IncompatibleError(
             f"TensorRT for RTX does not run on compute capability {host.capability}; install tensorrt on this GPU"
         )
-    remedy = f"dllm-export build {shlex.quote(bundle)} --flavour {host.flavour}"
-    if host.flavour == "tensorrt-rtx":
-        remedy += f" --sm {host.capability}"
+    remedy = build_command(bundle, host.flavour, [host.capability])
     chosen = {}
     for graph in graphs:
         offered = [record for record in records if record.graph == graph]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
@@ -142,6 +144,12 @@ def current_capability() -> str:
             "no NVIDIA GPU answers here: name the compute capabilities to build for, as --sm 8.9,12.0"
         )
     return found[0]
+
+
+def build_command(bundle: str, flavour: Flavour, targets: Sequence[str]) -> str:
+    """The command line that builds a bundle's engines for this library and these GPUs, as a shell takes it."""
+    words = ["dllm-export", "build", bundle, "--flavour", flavour]
+    return shlex.join([*words, "--sm", ",".join(targets)] if flavour == "tensorrt-rtx" else words)
 
 
 def current_platform() -> str:

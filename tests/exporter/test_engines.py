@@ -10,12 +10,13 @@ import threading
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dllm_export.errors import DllmExportError, IntegrityError, ResourceError, UsageError
 from dllm_export.exporter import files
 from dllm_export.exporter.build_options import BuildOptions
-from dllm_export.exporter.engines import build_engines
+from dllm_export.exporter.engines import build_engines, drop_damaged_engines
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.options import ExportOptions, ExportType
 from dllm_export.exporter.pipeline import export
@@ -23,6 +24,7 @@ from dllm_export.exporter.plans import build_plan
 from dllm_export.exporter.ranges import make_profiles
 from dllm_export.graphs import DType, ModelShape, graph_specs
 from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.manifest import encode_manifest
 from dllm_export.runtime.tensorrt.library import current_platform, load_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
@@ -116,6 +118,57 @@ def test_a_changed_plan_is_refused(built: Bundle, tmp_path: Path) -> None:
     plan.write_bytes(plan.read_bytes()[:-1] + b"?")
     with pytest.raises(IntegrityError, match=r"\.plan was changed"):
         open_bundle(root)
+
+
+# -- repair
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed", "link"])
+def test_a_damaged_plan_leaves_the_manifest_and_the_next_build_replaces_it(
+    damage: str, built: Bundle, tmp_path: Path
+) -> None:
+    copy, record = copy_bundle(built, tmp_path), built.manifest.engines[2]
+    plan = copy.path / record.file
+    data = plan.read_bytes()
+    plan.unlink()
+    if damage == "link":
+        plan.symlink_to(built.path / record.file)
+    elif damage != "gone":
+        plan.write_bytes(data[:100] if damage == "cut" else data[:-1] + b"?")
+    with pytest.raises(IntegrityError):
+        open_bundle(copy.path)
+    assert drop_damaged_engines(copy.path) == (record.file,)
+    opened = open_bundle(copy.path)
+    assert {engine.graph for engine in built.manifest.engines} - {
+        engine.graph for engine in opened.manifest.engines
+    } == {record.graph}
+    repaired = build_engines(opened, RTX)
+    assert {engine.key for engine in repaired.manifest.engines} == {engine.key for engine in built.manifest.engines}
+    assert not plan.is_symlink()
+    assert (built.path / record.file).read_bytes() == data, "nothing is written through a link"
+    assert drop_damaged_engines(copy.path) == ()
+
+
+def test_engines_that_say_what_cannot_be_are_dropped_with_their_plans_and_nothing_else(
+    built: Bundle, tmp_path: Path
+) -> None:
+    copy = copy_bundle(built, tmp_path)
+    first, second, *others = built.manifest.engines
+    wrong = (msgspec.structs.replace(first, profiles=()), msgspec.structs.replace(second, file="graphs/embed.onnx"))
+    manifest = msgspec.structs.replace(built.manifest, engines=(*wrong, *others))
+    (copy.path / "manifest.json").write_bytes(encode_manifest(manifest))
+    assert drop_damaged_engines(copy.path) == (first.file, "graphs/embed.onnx")
+    opened = open_bundle(copy.path)
+    assert opened.manifest.engines == tuple(others)
+    assert "graphs/embed.onnx" in {record.path for record in opened.manifest.files}
+
+
+def test_other_damage_is_no_business_of_a_build(built: Bundle, tmp_path: Path) -> None:
+    copy = copy_bundle(built, tmp_path)
+    (copy.path / "graphs/embed.onnx").write_bytes(b"changed")
+    manifest = (copy.path / "manifest.json").read_bytes()
+    assert drop_damaged_engines(copy.path) == ()
+    assert (copy.path / "manifest.json").read_bytes() == manifest
+    with pytest.raises(IntegrityError, match=r"graphs/embed\.onnx .*export again"):
+        open_bundle(copy.path)
 
 
 # -- progress, and what an interruption leaves

@@ -20,7 +20,7 @@ from dllm_export.exporter.pack import list_files
 from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import ModelShape
 from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, open_bundle
-from dllm_export.runtime.manifest import MANIFEST, FileRecord, WeightRecord, encode_manifest
+from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, WeightRecord, encode_manifest
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.session import SessionOptions
@@ -163,7 +163,7 @@ def test_a_damaged_file_loads_nothing(copy: Path) -> None:
     data = bytearray((copy / "weights/head.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "weights/head.safetensors").write_bytes(data)
-    assert refuse(copy, "weights/head.safetensors was changed after the export (its sha256 differs)")
+    assert refuse(copy, "weights/head.safetensors was changed after it was written (its sha256 differs)")
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "empty"])
@@ -332,6 +332,78 @@ def test_bindings_that_do_not_fit_the_weights_are_refused(kind: str, rewrite: Re
         "type": {"dtype": "float16"},
     }
     refuse(rewrite(**changes[kind]))
+
+
+# -- engines
+PLAN = "engines/tensorrt-10.13.0.35-8.9/layer_adaptive.plan"
+ENGINE = EngineRecord(
+    graph="layer_adaptive",
+    file=PLAN,
+    flavour="tensorrt",
+    version="10.13.0.35",
+    targets=("8.9",),
+    platform="linux-x86_64",
+    cuda="12.8",
+    flags=(),
+    profiles=({dim: (1, 1, 9) for dim in "BSXQ"},),
+    key="0" * 64,
+    seconds=1.0,
+)
+"""Of a graph whose Q is the value of an input, not a dim."""
+BUILD_AGAIN = "build again with 'dllm-export build {root} --flavour tensorrt'"
+
+
+@pytest.fixture
+def with_plan(copy: Path) -> Path:
+    """The copy with a file where the engine's plan belongs."""
+    (copy / PLAN).parent.mkdir(parents=True)
+    (copy / PLAN).write_bytes(b"never loaded here")
+    return copy
+
+
+def test_an_engine_with_ranges_of_its_graphs_dims_is_accepted(with_plan: Path, rewrite: Rewrite) -> None:
+    assert open_bundle(rewrite(engines=(ENGINE,))).manifest.engines == (ENGINE,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"graph": "layer_none"}, "belongs to no graph that this version runs"),
+        ({"graph": "layer_skip"}, "has size ranges of B, Q, S, X, expected B, X"),
+        ({"file": "../elsewhere.plan"}, "is in '../elsewhere.plan', which manifest.json does not list under engines/"),
+        ({"file": "engines/elsewhere.plan"}, "which manifest.json does not list"),
+        ({"file": "graphs/embed.onnx"}, "which manifest.json does not list under engines/"),
+        ({"profiles": ()}, "has no size ranges"),
+        ({"profiles": ({},)}, "has size ranges of nothing, expected B, Q, S, X"),
+        ({"profiles": ({dim: (1, 1, 9) for dim in "BSX"},)}, "has size ranges of B, S, X, expected B, Q, S, X"),
+        ({"profiles": (*ENGINE.profiles, {dim: (1, 1, 9) for dim in "BSXQN"})}, "ranges of B, N, Q, S, X, expected"),
+        ({"profiles": ({**ENGINE.profiles[0], "S": (0, 1, 9)},)}, "takes S from 0 to 9, usually 1, which is no range"),
+        ({"profiles": ({**ENGINE.profiles[0], "S": (1, 10, 9)},)}, "takes S from 1 to 9, usually 10"),
+        ({"profiles": ({**ENGINE.profiles[0], "S": (5, 4, 9)},)}, "takes S from 5 to 9, usually 4"),
+        ({"cuda": "new"}, "does not say for which GPUs and driver it is"),
+        ({"targets": ()}, "does not say for which GPUs and driver it is"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_engine_that_says_what_cannot_be_is_refused_with_the_command_that_builds_it(
+    changes: dict[str, object], reason: str, with_plan: Path, rewrite: Rewrite
+) -> None:
+    root = rewrite(engines=(msgspec.structs.replace(ENGINE, **changes),))
+    message = refuse(root, f"manifest.json: the engine of graph '{changes.get('graph', ENGINE.graph)}' ", reason)
+    if changes.get("targets") != ():
+        assert message.endswith(BUILD_AGAIN.format(root=root))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_a_damaged_plan_is_built_again_and_not_exported_again(damage: str, with_plan: Path, rewrite: Rewrite) -> None:
+    root = rewrite(engines=(ENGINE,))
+    if damage == "gone":
+        (root / PLAN).unlink()
+    else:
+        (root / PLAN).write_bytes(b"cut" if damage == "cut" else b"Never loaded here")
+    message = refuse(root, PLAN)
+    assert message.endswith(BUILD_AGAIN.format(root=root))
+    assert "export again" not in message
 
 
 # -- a graph made by somebody else, digests right

@@ -161,6 +161,32 @@ def test_a_build_says_what_it_built_and_the_next_that_all_is_there(shell: Shell,
     assert all(engine["seconds"] > 0 and engine["bytes"] > 1000 for engine in result["engines"])
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_plan_stops_a_generation_with_the_command_that_repairs_it(
+    damage: str, shell: Shell, bundle: Path
+) -> None:
+    assert shell("build", bundle, *RTX).code == 0
+    plan = bundle / open_bundle(bundle).manifest.engines[4].file
+    plan.unlink() if damage == "gone" else plan.write_bytes(plan.read_bytes()[:1000])
+    line = f"dllm-export build {bundle} --flavour tensorrt-rtx --sm 8.9,12.0"
+    for refused in (
+        shell("generate", bundle, "--prompt-ids", "1 2", "--gen-length", 4),
+        shell("inspect", bundle),
+    ):
+        assert refused.code == 5
+        assert " ".join(refused.err.split()).endswith(f"build again with '{line}'")
+    repaired = shell(*shlex.split(line)[1:])
+    assert repaired.code == 0
+    assert f"1 engine missing or damaged, no longer listed: {plan.relative_to(bundle)}" in " ".join(
+        repaired.err.split()
+    )
+    assert "built 1 engine in " in repaired.err
+    assert "8 engines are up to date" in repaired.err
+    open_bundle(bundle)
+    again = shell(*shlex.split(line)[1:])
+    assert again.err.splitlines()[1:] == ["9 engines are up to date"]
+
+
 def test_a_dry_run_prints_a_command_per_graph_and_builds_nothing(shell: Shell, bundle: Path) -> None:
     before = sorted(bundle.rglob("*"))
     result = shell("build", bundle, "--dry-run", "--flavour", "tensorrt")
