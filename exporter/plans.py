@@ -38,7 +38,7 @@ def build_plan(
 ) -> tuple[bytes, tuple[str, ...]]:
     """One serialised engine and the builder flags it was made with, or an error with the library's own messages."""
     module = library.module
-    builder: trt.Builder = library.require(module.Builder(library.logger), "create a builder")
+    builder: trt.Builder = library.create(module.Builder)
     network = library.require(builder.create_network(library.network_flags()), "create a network")
     parse_graph(library, network, onnx, spec.name)
     config = builder.create_builder_config()
@@ -80,7 +80,7 @@ def run_builder(library: TensorRt, builder: Any, network: Any, config: Any, prog
 
 def parse_graph(library: TensorRt, network: Any, onnx: bytes, graph: str) -> None:
     """Fill the network from ONNX bytes, or say which node the library refuses and why."""
-    parser: trt.OnnxParser = library.module.OnnxParser(network, library.logger)
+    parser: trt.OnnxParser = library.create(library.module.OnnxParser, network)
     if parser.parse(onnx):
         return
     errors = [parser.get_error(place) for place in range(parser.num_errors)]

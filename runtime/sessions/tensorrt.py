@@ -154,7 +154,7 @@ class TensorRtSession:
     # -- opening
     def _load_engines(self) -> tuple[TensorRt, dict[str, Engine]]:
         library, records = find_engines(self._bundle)
-        self._runtime = library.require(library.module.Runtime(library.logger), "create a runtime")
+        self._runtime = library.create(library.module.Runtime)
         dtype, engines = self._bundle.manifest.dtype, {}
         for graph, record in records.items():
             plan = self._bundle.file(record.file).read_bytes()

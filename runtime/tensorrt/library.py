@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
-from dllm_export.errors import DllmExportError, IncompatibleError, UsageError
+from dllm_export.errors import IncompatibleError, ResourceError, UsageError
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -58,12 +59,24 @@ class TensorRt:
         """The library's constant for a named compute capability."""
         return getattr(self.module.ComputeCapability, "SM" + target.replace(".", ""))
 
+    def create(self, kind: type[Any], *arguments: Any) -> Any:
+        """A Builder, Runtime or OnnxParser of the library, which logs to `logger`, or a readable error."""
+        try:
+            made = kind(*arguments, self.logger)
+        except TypeError as error:
+            # What Python makes of None from a constructor: 8.6 does so where no GPU answers.
+            if "nullptr" not in str(error):
+                raise
+            made = None
+        return self.require(made, f"create its {kind.__name__}")
+
     def require(self, value: Any, what: str) -> Any:
         """The value, or what the library logged since the last call as one readable error."""
         messages, self.logger.messages = self.logger.messages, []
         if value is None or value is False or (isinstance(value, int) and not isinstance(value, bool) and value < 0):
             reason = "; ".join(dict.fromkeys(messages)) or "it gave no reason"
-            raise DllmExportError(f"TensorRT could not {what}: {reason}")
+            short = re.search(r"out ?of ?memory", reason, re.IGNORECASE) is not None
+            raise (ResourceError if short else IncompatibleError)(f"TensorRT could not {what}: {reason}")
         return value
 
 

@@ -5,7 +5,7 @@ DllmExportError           exit 1   base: one or two lines with what, got, expect
 |- CheckpointError        exit 2   the model directory cannot be exported as it is
 |- MismatchError          exit 3   two computations that must agree do not
 |  `- OverflowedError     exit 3   a computation left the range of its number type
-|- IncompatibleError      exit 4   a provider, library, format version or device does not fit
+|- IncompatibleError      exit 4   a provider, library, format version or device does not fit, or refuses
 |- IntegrityError         exit 5   a file is not what its manifest says
 `- ResourceError          exit 6   disk, memory or device memory ran out
 """
@@ -42,7 +42,7 @@ class OverflowedError(MismatchError):
 
 
 class IncompatibleError(DllmExportError):
-    """A provider, library, format version or device that does not fit."""
+    """A provider, library, format version or device that does not fit, or that refuses what it is given."""
 
     exit_code = 4
 

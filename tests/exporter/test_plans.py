@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from onnx import TensorProto, helper
 
-from dllm_export.errors import DllmExportError
+from dllm_export.errors import IncompatibleError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.onnx_graph import build_onnx
@@ -43,7 +43,7 @@ def make_graph(nodes: list[tuple[str, list[str], str]], second_type: int = Tenso
 
 def refuse(library: TensorRt, llada_8b: ModelShape, onnx: bytes) -> str:
     spec = graph_specs(llada_8b)["embed"]
-    with pytest.raises(DllmExportError) as refused:
+    with pytest.raises(IncompatibleError) as refused:
         build_plan(library, onnx, spec, "float16", [dim_ranges(spec, 4096, BuildOptions())], ("8.9",))
     message = str(refused.value)
     assert "\n" not in message
@@ -77,7 +77,7 @@ def test_a_product_of_two_types_is_named_with_both(library: TensorRt, llada_8b: 
 def test_what_the_compiler_refuses_is_one_line_too(library: TensorRt, llada_8b: ModelShape) -> None:
     spec = graph_specs(llada_8b)["layer_full"]
     onnx = build_onnx(spec, llada_8b, "bfloat16").SerializeToString()
-    with pytest.raises(DllmExportError, match=r"could not build graph 'layer_full': .*sm75.*b16\.\)$") as refused:
+    with pytest.raises(IncompatibleError, match=r"could not build graph 'layer_full': .*sm75.*b16\.\)$") as refused:
         build_plan(library, onnx, spec, "bfloat16", [dim_ranges(spec, 4096, BuildOptions())], ("7.5",))
     assert "\n" not in str(refused.value)
 

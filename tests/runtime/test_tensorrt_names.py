@@ -196,7 +196,15 @@ MODULE = ""
 OURS = "ours"
 """What stands for a parameter of one of our own types."""
 OUR_TYPES = (str, bytes, int, list, tuple, dict, set, BaseException, Path, re.Pattern, type(hashlib.sha256()))
-OTHER_TYPES = (np.ndarray, np.dtype, type(np.empty(0).ctypes), Future, ThreadPoolExecutor, subprocess.CompletedProcess)
+OTHER_TYPES = (
+    type,
+    np.ndarray,
+    np.dtype,
+    type(np.empty(0).ctypes),
+    Future,
+    ThreadPoolExecutor,
+    subprocess.CompletedProcess,
+)
 
 
 @cache
