@@ -27,11 +27,11 @@ REMEDIES = {
 
 
 def call(function: Callable[..., Any], *arguments: Any, doing: str) -> Any:
-    """The result of a CUDA call, or an error that says what was being done."""
+    """The result of a CUDA call (several as a tuple, or None), or an error that says what was being done."""
     error, *results = function(*arguments)
     if error != cudart.cudaError_t.cudaSuccess:
         raise_error(error, doing)
-    return results[0] if results else None
+    return results[0] if len(results) == 1 else tuple(results) or None
 
 
 def raise_error(error: Any, doing: str) -> None:
@@ -92,7 +92,7 @@ def _release(usage: Usage, purpose: str, address: int, size: int) -> None:
 
 def explain_shortage(usage: Usage, purpose: str, size: int) -> str:
     """What was needed for what, what is held and free, and what lowers it."""
-    free, total = cudart.cudaMemGetInfo()[1:]
+    free, total = free_memory()
     held = ", ".join(f"{name} {_gigabytes(bytes_)}" for name, bytes_ in usage.held.items() if bytes_) or "nothing"
     return (
         f"out of device memory: {purpose} needs {_gigabytes(size)} more, {_gigabytes(free)} of {_gigabytes(total)} are "
@@ -123,7 +123,7 @@ class Stream:
         call(cudart.cudaSetDevice, 0, doing="selecting the GPU")
         flags = cudart.cudaStreamNonBlocking
         self.handle = int(call(cudart.cudaStreamCreateWithFlags, flags, doing="creating a stream"))
-        self._close = weakref.finalize(self, cudart.cudaStreamDestroy, self.handle)
+        self._close = weakref.finalize(self, _end_stream, self.handle)
 
     def wait(self) -> None:
         """Block until everything queued is done."""
@@ -163,6 +163,11 @@ class Stream:
     def close(self) -> None:
         """Wait for the stream and give it back."""
         self._close()
+
+
+def _end_stream(handle: int) -> None:
+    cudart.cudaStreamSynchronize(handle)  # what it answers is not asked: the device may be lost, and freeing goes on
+    cudart.cudaStreamDestroy(handle)
 
 
 class Capture:
@@ -232,5 +237,5 @@ def gpu_capability() -> str:
 
 def free_memory() -> tuple[int, int]:
     """Free and total bytes of device memory."""
-    free, total = cudart.cudaMemGetInfo()[1:]
+    free, total = call(cudart.cudaMemGetInfo, doing="asking for the free device memory")
     return int(free), int(total)
