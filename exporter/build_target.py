@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from dllm_export.errors import UsageError
+from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.precision import check_dtype
 from dllm_export.graphs import DType
@@ -36,9 +36,24 @@ def choose_target(options: BuildOptions) -> BuildTarget:
 
 
 def check_build(library: TensorRt, options: BuildOptions, dtype: DType, model_length: int) -> None:
-    """Refuse a type that the library lacks and sizes that the model does not have."""
+    """Refuse a type that the library lacks, sizes that the model does not have, and a GPU that cannot be asked."""
     check_dtype(library, dtype)
     check_length(options, model_length)
+    find_build_cuda(library)
+
+
+def find_build_cuda(library: TensorRt) -> str:
+    """CUDA version of the driver that the library builds under; empty where it builds without a GPU."""
+    if library.targets:
+        return ""  # and there CUDA need not be installed
+    try:
+        from dllm_export.runtime.cuda import driver_cuda
+    except ModuleNotFoundError:
+        raise IncompatibleError(
+            f"building with {library.flavour} {library.version} needs the package cuda-bindings: "
+            f"pip install 'dllm-export[tensorrt]'"
+        ) from None
+    return driver_cuda()
 
 
 def check_length(options: BuildOptions, model_length: int) -> None:

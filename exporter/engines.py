@@ -12,7 +12,7 @@ import msgspec
 from dllm_export.errors import IntegrityError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
-from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target
+from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target, find_build_cuda
 from dllm_export.exporter.files import replace_file, require_writable
 from dllm_export.exporter.plans import build_plan
 from dllm_export.exporter.ranges import make_profiles
@@ -134,19 +134,13 @@ def build_engine(
         version=library.version,
         targets=target.targets,
         platform=current_platform(),
-        cuda="" if library.targets else _driver_cuda(),
+        cuda=find_build_cuda(library),
         flags=flags,
         profiles=tuple({dim: profile[dim] for dim in sorted(profile)} for profile in profiles),
         key=key,
         seconds=round(time.perf_counter() - start, 3),
     )
     return record, plan
-
-
-def _driver_cuda() -> str:
-    from dllm_export.runtime.cuda import driver_cuda  # where no GPU is needed, no CUDA is installed either
-
-    return driver_cuda()
 
 
 def _build_key(bundle: Bundle, graph: str, target: BuildTarget, profiles: Sequence[Mapping[str, Range]]) -> str:

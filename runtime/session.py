@@ -158,7 +158,13 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
 
         return TorchSession(bundle, options)
     except ModuleNotFoundError as error:
-        extra = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "torch": "export"}[options.provider]
+        lines = {
+            "onnxruntime": "pip install 'dllm-export[onnxruntime]'",
+            "tensorrt": "pip install 'dllm-export[tensorrt]', or 'dllm-export[tensorrt-rtx]'",
+            "torch": "pip install 'dllm-export[export]'",
+        }
+        # What is imported as `cuda` is called otherwise where it is installed from.
+        package = "cuda-bindings" if str(error.name).split(".")[0] == "cuda" else error.name
         raise IncompatibleError(
-            f"provider '{options.provider}' needs the package {error.name}: pip install 'dllm-export[{extra}]'"
+            f"provider '{options.provider}' needs the package {package}: {lines[options.provider]}"
         ) from None

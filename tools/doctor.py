@@ -18,7 +18,7 @@ from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.session import GraphCall, SessionOptions, open_session
 from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour, find_library
 from dllm_export.tools.flags import Command, shared_flags
-from dllm_export.tools.machine import Machine, inspect_machine, pip_line
+from dllm_export.tools.machine import PACKAGES, Machine, inspect_machine, pip_line
 from dllm_export.tools.output import format_bytes, make_table, print_json, print_pairs, print_table, print_warning
 
 IDENTITY = (
@@ -147,8 +147,8 @@ def probe_tensorrt(provider: str, device: str) -> str:
         raise IncompatibleError(f"not installed: {pip_line('tensorrt')}, or {pip_line('tensorrt_rtx')}")
     try:
         from dllm_export.runtime.cuda import gpu_capability
-    except ModuleNotFoundError as error:
-        raise IncompatibleError(f"needs the package {error.name}: {pip_line('tensorrt')}") from None
+    except ModuleNotFoundError:
+        raise IncompatibleError(f"needs the package cuda-bindings: {pip_line('cuda')}") from None
     capability, names = gpu_capability(), [f"{library.flavour} {library.version}" for library in libraries]
     if all(library.flavour == "tensorrt-rtx" for library in libraries) and capability in REFUSED_BY_RTX:
         raise IncompatibleError(f"{names[0]} does not run on compute capability {capability}: {pip_line('tensorrt')}")
@@ -182,7 +182,7 @@ def print_machine(machine: Machine) -> None:
             )
     table = make_table("package", "version")
     for name, version in machine.packages.items():
-        table.add_row(name, version or Text(f"missing: {pip_line(name)}", "yellow"))
+        table.add_row(PACKAGES[name][0], version or Text(f"missing: {pip_line(name)}", "yellow"))
     click.echo()
     print_table(table)
     click.echo()

@@ -22,12 +22,16 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnx",),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt_rtx"),
+    "cuda": ("cuda-bindings",),
+    "polygraphy": ("polygraphy",),
 }
 """Package -> the names it is distributed under."""
 
 EXTRAS: Mapping[str, str] = {
+    "cuda": "tensorrt",
     "onnx": "export",
     "onnxruntime": "onnxruntime",
+    "polygraphy": "polygraphy",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export",

@@ -117,7 +117,9 @@ def test_without_the_cuda_bindings_the_pip_line_is_given(bundle: Bundle) -> None
     result = run_python("-c", BLOCKED.format(path=str(bundle.path)))
     assert (result.code, result.err) == (0, "")
     assert re.fullmatch(
-        r"provider 'tensorrt' needs the package cuda(\.bindings)?: pip install 'dllm-export\[tensorrt\]'\n", result.out
+        r"provider 'tensorrt' needs the package cuda-bindings: "
+        r"pip install 'dllm-export\[tensorrt\]', or 'dllm-export\[tensorrt-rtx\]'\n",
+        result.out,
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +133,7 @@ def test_a_failed_build_leaves_the_export_and_says_how_to_go_on(
 
     monkeypatch.setattr(engines, "build_plan", fail)
     result = shell("export", tiny_checkpoints["bias"], "-o", "a b", "--no-tokenizer", "--build", *RTX, "--rows", "64")
-    assert (result.code, result.out) == (1, "")
+    assert (result.code, result.out) == (4, "")
     assert "error: TensorRT could not parse graph 'layer_partial'" in result.err
     line = "dllm-export build 'a b' --flavour tensorrt-rtx --sm 8.9,12.0 --rows 64"
     assert f"the export is finished and stays in a b, engines are missing; to go on: {line}\n" in result.err
@@ -198,6 +201,39 @@ def test_a_dry_run_prints_a_command_per_graph_and_builds_nothing(shell: Shell, b
     lines = shell.json("build", bundle, "--dry-run", *RTX)["commands"]
     assert all(line.startswith("tensorrt_rtx ") and " --computeCapabilities=89,120 " in line for line in lines.values())
     assert sorted(bundle.rglob("*")) == before
+
+
+STANDARD_WITHOUT_CUDA = """
+import sys, types
+import tensorrt_rtx
+standard = types.ModuleType("tensorrt")  # the same compiler, as if it built for the GPU at hand only
+standard.__dict__.update({name: value for name, value in vars(tensorrt_rtx).items() if name != "ComputeCapability"})
+sys.modules |= {"tensorrt": standard, "cuda": None}
+from dllm_export.tools.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["build {bundle}", "export {model} -o b --no-tokenizer --build"])
+def test_standard_tensorrt_without_the_cuda_bindings_gives_the_pip_line_before_any_work(
+    command: str, bundle: Path, tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 8.9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    words = command.format(bundle=bundle, model=tiny_checkpoints["tied"]).split()
+    done = subprocess.run(
+        [sys.executable, "-c", STANDARD_WITHOUT_CUDA, *words, "--flavour", "tensorrt"],
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    error = " ".join(done.stderr.partition("error: ")[2].split())
+    assert "needs the package cuda-bindings: pip install 'dllm-export[tensorrt]'" in error
+    assert not (tmp_path / "b").exists()
+    assert not (bundle / "engines").exists()
 
 
 # -- inspect
