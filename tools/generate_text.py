@@ -16,9 +16,10 @@ from dllm_export.runtime.model import DiffusionLM, Generation
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy
 from dllm_export.runtime.request import Request
-from dllm_export.runtime.session import SessionOptions
+from dllm_export.runtime.session import SessionOptions, SessionReport
 from dllm_export.tools.flags import Command, Flag, describe, from_fields, policy_flags, report_flag, shared_flags
 from dllm_export.tools.output import (
+    format_bytes,
     notes,
     on_terminal,
     plural,
@@ -64,13 +65,13 @@ def command(
         request = make_request(model, prompts, options)
         batch = denoise(model, request, options, policy, watch=watch)
         settings = describe_settings(model, request, options, policy, session)
-        has_text = model.tokenizer is not None
-    outcome = [describe_generation(generation, batch, settings) for generation in batch]
+        has_text, held = model.tokenizer is not None, model.session.inspect()
+    outcome = [describe_generation(generation, batch, settings, held) for generation in batch]
     value = outcome[0] if len(outcome) == 1 else outcome
     if as_json:
         print_json(value)
     else:
-        print_generations(batch, has_text=has_text)
+        print_generations(batch, held, has_text=has_text)
     write_report(report, value)
 
 
@@ -117,9 +118,9 @@ def describe_settings(
 
 
 def describe_generation(
-    generation: Generation, batch: Sequence[Generation], settings: dict[str, object]
+    generation: Generation, batch: Sequence[Generation], settings: dict[str, object], held: SessionReport
 ) -> dict[str, object]:
-    """A result as JSON; times, passes and speed are those of the whole batch."""
+    """A result as JSON; times, passes, speed and what the session held are those of the whole batch."""
     return {
         "text": generation.text,
         "tokens": generation.tokens,
@@ -132,6 +133,7 @@ def describe_generation(
         "tokens_per_second": count_tokens(batch) / generation.seconds,
         "engine_seconds": generation.engine_seconds,
         "settings": settings,
+        "session": held,
     }
 
 
@@ -140,14 +142,16 @@ def count_tokens(batch: Sequence[Generation]) -> int:
     return sum(math.isfinite(value) for generation in batch for value in generation.confidence)
 
 
-def print_generations(batch: Sequence[Generation], *, has_text: bool) -> None:
-    """The texts, and on a terminal a line of figures after them."""
+def print_generations(batch: Sequence[Generation], held: SessionReport, *, has_text: bool) -> None:
+    """The texts, and on a terminal a line of figures after them; a second one where the session owns device memory."""
     for number, generation in enumerate(batch):
         if len(batch) > 1 and on_terminal():
             print_note(f"-- {number + 1} of {len(batch)}")
         print_result_text(generation.text if has_text else " ".join(map(str, generation.tokens)))
     if on_terminal():
         print_note(summary_line(batch))
+        if held.provider == "tensorrt":
+            print_note(session_line(held))
 
 
 def summary_line(batch: Sequence[Generation]) -> str:
@@ -158,3 +162,12 @@ def summary_line(batch: Sequence[Generation]) -> str:
         f"{plural(tokens, 'token')}, {tokens / one.seconds:.1f} tok/s, {plural(one.passes, 'pass', 'passes')}, "
         f"steps: {kinds}; {1 - one.engine_seconds / one.seconds:.0%} of the time outside the engines"
     )
+
+
+def session_line(held: SessionReport) -> str:
+    """Library, captured steps and device memory by purpose."""
+    replays = sum(capture.replays for capture in held.captures)
+    captured = f"{plural(len(held.captures), 'CUDA graph')} replayed {plural(replays, 'time')}"
+    evicted = f", {held.evicted} evicted (--captures is {held.capture_limit})" if held.evicted else ""
+    memory = ", ".join(f"{purpose} {format_bytes(size)}" for purpose, size in held.memory.items())
+    return f"{held.library}: {captured}{evicted}; device memory: {memory}; at most {format_bytes(held.peak_memory)}"

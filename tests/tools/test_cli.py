@@ -20,10 +20,11 @@ import torch
 from dllm_export import __version__
 from dllm_export.errors import DllmExportError, IncompatibleError, IntegrityError, MismatchError, ResourceError
 from dllm_export.exporter.verify import Check, Report
-from dllm_export.runtime.session import SessionOptions
+from dllm_export.runtime.session import CaptureReport, SessionOptions, SessionReport
 from dllm_export.tools import cli, doctor, inspect_bundle
 from dllm_export.tools.demo_checkpoint import END, save_checkpoint
 from dllm_export.tools.demo_model import draw_weights
+from dllm_export.tools.generate_text import session_line
 from dllm_export.tools.train import TrainOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,29 @@ def test_generation_as_json_holds_result_figures_and_settings(generate: Invoke) 
     assert result["tokens_per_second"] == pytest.approx(16 / result["seconds"])
     assert result["settings"]["policy"]["update_ratio"] == 0.25
     assert result["settings"]["options"]["gen_length"] == 16
+
+
+def test_generation_as_json_says_what_the_session_held(generate: Invoke) -> None:
+    session = generate("--prompt", "abc", "--json").json["session"]
+    assert session["provider"] == "onnxruntime"
+    assert session["library"].startswith("onnxruntime ")
+    assert (session["captures"], session["memory"], session["peak_memory"]) == ([], {}, 0)
+
+
+def test_the_line_of_a_tensorrt_session_has_captures_and_memory_by_purpose() -> None:
+    report = SessionReport(
+        provider="tensorrt",
+        library="tensorrt 8.6.0",
+        captures=(CaptureReport(calls="embed, 2 layer_full", replays=61), CaptureReport(calls="head", replays=62)),
+        capture_limit=2,
+        memory={"weights": 16_000_000_000, "workspace": 300_000_000, "buffers": 2_000_000},
+        peak_memory=16_302_000_000,
+    )
+    captured, memory = "2 CUDA graphs replayed 123 times", "weights 16.0 GB, workspace 300.0 MB, buffers 2.0 MB"
+    assert session_line(report) == f"tensorrt 8.6.0: {captured}; device memory: {memory}; at most 16.3 GB"
+    assert f"{captured}, 3 evicted (--captures is 2); " in session_line(replace(report, evicted=3))
+    one = replace(report, captures=report.captures[:1])
+    assert "1 CUDA graph replayed 61 times" in session_line(one)
 
 
 def test_several_prompts_give_a_list_of_the_same_results_as_alone(generate: Invoke) -> None:
