@@ -280,7 +280,6 @@ def test_the_walk_through_runs_as_printed_and_notices_wrong_outputs(workspace: P
     assert "FAILED | Output: 'hidden_out'" in failed.stdout + failed.stderr
     outputs.write_text(kept)
 
-    pytest.importorskip("onnx_graphsurgeon", reason="`polygraphy debug reduce` needs onnx-graphsurgeon")
     done = run_shell(reducing, workspace)
     assert done.returncode == 0, f"{reducing}\n{done.stdout}\n{done.stderr}"
     last = onnx.load(workspace / "reduced.onnx").graph.node[-1]
