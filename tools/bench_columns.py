@@ -87,14 +87,15 @@ def eager_steps(
     model: EagerModel, logits_of: Callable[[Tensor, int], Tensor], sizes: Sizes, policy: CachePolicy
 ) -> Iterator[Step]:
     """LLaDA's sampler at temperature 0 over plain PyTorch."""
-    canvas = torch.tensor([[*sizes.prompt, *[model.mask_token] * sizes.gen_length]])
+    canvas = torch.tensor([[*sizes.prompt, *[model.mask_token] * sizes.gen_length]], device=model.device)
     response = canvas[:, len(sizes.prompt) :]
     for step in range(1, sizes.gen_length + 1):
         start = time.perf_counter()
         with torch.inference_mode():
             decide_one(logits_of(canvas, step)[:, len(sizes.prompt) :], response, model.mask_token)
+        tokens = response[0].cpu().numpy().copy()  # on a GPU this waits for the step
         seconds = time.perf_counter() - start
-        yield Step(sizes.kind(policy, step), seconds, None, response[0].numpy().copy())
+        yield Step(sizes.kind(policy, step), seconds, None, tokens)
 
 
 def decide_one(logits: Tensor, response: Tensor, mask_token: int) -> None:

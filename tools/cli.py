@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, Entry] = {
     "dump": Entry("dump_graph", "Record one graph call of a generation as Polygraphy data."),
     "doctor": Entry("doctor", "Show what this machine can run, and what to install for the rest."),
     "bench": Entry("bench", "Measure the runtime against plain PyTorch on this machine, without and with the cache."),
+    "gpu-check": Entry("gpu_check", "Measure every provider on this machine's GPU, and check its answers."),
     "demo": Entry("demo", "Export, verify and run the small trained model that comes with the repository."),
 }
 """Every module defines its command as `command`."""

@@ -48,6 +48,11 @@ class EagerModel:
     top: Mapping[str, Tensor]
     layers: tuple[Mapping[str, Tensor], ...]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.top["wte.weight"].device
+
     def forward(self, tokens: Tensor, context: Context) -> Tensor:  # [B, T] -> [B, T, V]
         """Logits of every row, nothing cached."""
         x = self.embed(tokens)
@@ -73,7 +78,8 @@ class EagerModel:
         angle = torch.cat((angle, angle), dim=-1)
         visible = torch.from_numpy(column >= start)[:, None, None, :] if any(padding) else None
         dtype = torch.float64 if self.top["wte.weight"].dtype == torch.float64 else torch.float32
-        return Context(angle.cos().to(dtype), angle.sin().to(dtype), visible)
+        cos, sin = (table.to(self.device, dtype) for table in (angle.cos(), angle.sin()))
+        return Context(cos, sin, visible if visible is None else visible.to(self.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embedding rows."""
@@ -123,10 +129,10 @@ def rotate(x: Tensor, context: Context) -> Tensor:  # [B, heads, N, d]
     return turned.to(x.dtype)
 
 
-def load_eager(directory: Path, dtype: torch.dtype = torch.float32) -> EagerModel:
+def load_eager(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> EagerModel:
     """The model of a checkpoint directory with one model.safetensors file."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    stored = load_file(directory / "model.safetensors")
+    stored = load_file(directory / "model.safetensors", device=device)
     tensors = {name.removeprefix(PREFIX): tensor.to(dtype) for name, tensor in stored.items()}
     layers: list[dict[str, Tensor]] = [{} for _ in range(config["n_layers"])]
     top = {}

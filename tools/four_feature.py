@@ -70,7 +70,7 @@ class FourFeatureCache:
         model, weights, prompt = self.model, self.model.layers[layer], self.prompt[layer]
         inner = model.norm(x[:, self.split :], weights["attn_norm.weight"])
         query, key, value = (model.project(weights, name, inner) for name in ("q_proj", "k_proj", "v_proj"))
-        places = torch.arange(inner.shape[1]).expand(len(inner), -1)
+        places = torch.arange(inner.shape[1], device=x.device).expand(len(inner), -1)
         keys, values = torch.cat((prompt.key, key), dim=1), torch.cat((prompt.value, value), dim=1)
         attention = model.attend(weights, query, keys, values, self.context.at(self._place(places)), self.context)
         x = x + torch.cat((prompt.attention, attention), dim=1)
@@ -94,7 +94,7 @@ class FourFeatureCache:
         put(response.key, chosen, model.project(weights, "k_proj", picked))
 
         query = model.project(weights, "q_proj", torch.cat((first, picked), dim=1))
-        places = torch.cat((torch.arange(fresh).expand(len(x), -1), self._place(chosen)), dim=1)
+        places = torch.cat((torch.arange(fresh, device=x.device).expand(len(x), -1), self._place(chosen)), dim=1)
         keys = torch.cat((prompt.key, response.key), dim=1)
         values = torch.cat((prompt.value, response.value), dim=1)
         attention = model.attend(weights, query, keys, values, self.context.at(places), self.context)

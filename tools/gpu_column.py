@@ -69,8 +69,8 @@ class Run:
     tokens_per_second: float
     """Over the timed steps, one token each; the refreshes among them included."""
     kinds: Mapping[str, Times]
-    outside_engines: float
-    """Share of the time not spent in the provider."""
+    outside_engines: float | None
+    """Share of the time not spent in the provider, where that is known."""
     tokens: Sequence[int]
     """The response after the last timed step, undecided rows included."""
     parts_ms: float | None
@@ -203,9 +203,8 @@ def fill_tensors(bundle: Bundle, session: Session, spec: GraphSpec, sizes: Mappi
 def time_policy(lm: DiffusionLM, request: Request, policy: CachePolicy, graphs: Sequence[GraphTimes]) -> Run:
     """A generation with a policy, warmed up by another; the clock stops after `steps` steps."""
     options = GenerationOptions(gen_length=request.response, steps=request.response)
-    ordinary = min(lm.bundle.manifest.shape.vocab, lm.bundle.manifest.tokens.mask) - 1
-    prompt = np.random.default_rng(0).integers(0, ordinary, request.prompt).tolist()
-    made = lm.continuation([prompt], options)
+    tokens_below = min(number for number in (lm.bundle.manifest.tokens.mask, lm.bundle.manifest.tokens.eos) if number)
+    made = lm.continuation([draw_prompt(tokens_below, request)], options)
     for _ in islice(lm.stream(made, options, policy), request.steps):
         pass
     seconds: dict[str, list[float]] = {}
@@ -225,6 +224,12 @@ def time_policy(lm: DiffusionLM, request: Request, policy: CachePolicy, graphs: 
         tokens=tokens.tolist(),
         parts_ms=sum_parts(graphs, lm.bundle.manifest.shape.layers, request) if "partial" in seconds else None,
     )
+
+
+def draw_prompt(below: int, request: Request) -> list[int]:
+    """Random ordinary tokens, the same in every column."""
+    prompt: list[int] = np.random.default_rng(0).integers(0, below, request.prompt).tolist()
+    return prompt
 
 
 def sum_parts(graphs: Sequence[GraphTimes], layers: int, request: Request) -> float:

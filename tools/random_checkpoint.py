@@ -17,13 +17,16 @@ GAIN = 1.5
 errors."""
 
 
-def write_random_checkpoint(directory: Path, shape: ModelShape, *, seed: int = 0) -> Path:
-    """Write config.json and model.safetensors (float32) and return the directory.
+def write_random_checkpoint(
+    directory: Path, shape: ModelShape, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Path:
+    """Write config.json and model.safetensors and return the directory; `device` draws the numbers, each its own.
 
     The mask is the last token of the vocabulary; the one before it ends a text and pads.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = random_tensors(shape, torch.Generator().manual_seed(seed))
+    drawn = random_tensors(shape, torch.Generator(device).manual_seed(seed))
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in drawn.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = llada_config(shape, mask=shape.vocab - 1, end=shape.vocab - 2)
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -34,13 +37,16 @@ def random_tensors(shape: ModelShape, generator: torch.Generator) -> dict[str, T
     """Every tensor by its published name; matrices are [out, in], norms lie around 1."""
 
     def matrix(outputs: int, inputs: int) -> Tensor:
-        return torch.randn(outputs, inputs, generator=generator).mul(GAIN / inputs**0.5)
+        return torch.randn(outputs, inputs, generator=generator, device=generator.device).mul(GAIN / inputs**0.5)
 
     def vector(size: int, centre: float) -> Tensor:
-        return centre + 0.1 * torch.randn(size, generator=generator)
+        return centre + 0.1 * torch.randn(size, generator=generator, device=generator.device)
 
     d, query, kv, mlp = shape.hidden, shape.query_width, shape.key_width, shape.mlp
-    tensors = {"wte.weight": torch.randn(shape.vocab, d, generator=generator), "ln_f.weight": vector(d, 1.0)}
+    tensors = {
+        "wte.weight": torch.randn(shape.vocab, d, generator=generator, device=generator.device),
+        "ln_f.weight": vector(d, 1.0),
+    }
     if not shape.tied_head:
         tensors["ff_out.weight"] = matrix(shape.vocab, d)
     for layer in range(shape.layers):
