@@ -163,8 +163,9 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
             "tensorrt": "pip install 'dllm-export[tensorrt]', or 'dllm-export[tensorrt-rtx]'",
             "torch": "pip install 'dllm-export[export]'",
         }
-        # What is imported as `cuda` is called otherwise where it is installed from.
-        package = "cuda-bindings" if str(error.name).split(".")[0] == "cuda" else error.name
+        package = str(error.name)
+        if package.split(".")[0] == "cuda":  # it is called otherwise where it is installed from
+            package, lines["onnxruntime"] = "cuda-bindings", "pip install 'dllm-export[onnxruntime-gpu]'"
         raise IncompatibleError(
             f"provider '{options.provider}' needs the package {package}: {lines[options.provider]}"
         ) from None

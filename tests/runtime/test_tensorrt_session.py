@@ -102,25 +102,36 @@ def test_options_that_no_gpu_could_serve_are_refused_first(
 
 BLOCKED = """
 import sys
+import onnxruntime
+onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider"]
 sys.modules["cuda"] = None  # as if it were not installed
 from dllm_export.errors import IncompatibleError
 from dllm_export.runtime.bundle import open_bundle
 from dllm_export.runtime.session import SessionOptions, open_session
 try:
-    open_session(open_bundle({path!r}), SessionOptions(provider="tensorrt"))
+    open_session(open_bundle({path!r}), SessionOptions({options}))
 except IncompatibleError as error:
     print(error)
 """
 
 
-def test_without_the_cuda_bindings_the_pip_line_is_given(bundle: Bundle) -> None:
-    result = run_python("-c", BLOCKED.format(path=str(bundle.path)))
-    assert (result.code, result.err) == (0, "")
-    assert re.fullmatch(
-        r"provider 'tensorrt' needs the package cuda-bindings: "
-        r"pip install 'dllm-export\[tensorrt\]', or 'dllm-export\[tensorrt-rtx\]'\n",
-        result.out,
-    )
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "provider='tensorrt'",
+            "provider 'tensorrt' needs the package cuda-bindings: "
+            "pip install 'dllm-export[tensorrt]', or 'dllm-export[tensorrt-rtx]'",
+        ),
+        (
+            "device='cuda'",
+            "provider 'onnxruntime' needs the package cuda-bindings: pip install 'dllm-export[onnxruntime-gpu]'",
+        ),
+    ],
+)
+def test_without_the_cuda_bindings_the_pip_line_is_given(options: str, message: str, bundle: Bundle) -> None:
+    result = run_python("-c", BLOCKED.format(path=str(bundle.path), options=options))
+    assert (result.code, result.err, result.out) == (0, "", f"{message}\n")
 
 
 # -- imports
