@@ -39,6 +39,10 @@ def check_build(library: TensorRt, options: BuildOptions, dtype: DType, model_le
     """Refuse a type that the library lacks, sizes that the model does not have, and a GPU that cannot be asked."""
     check_dtype(library, dtype)
     check_length(options, model_length)
+    if options.fixed and library.flavour == "tensorrt-rtx":
+        raise UsageError(
+            "--fixed is for standard TensorRT, TensorRT for RTX specialises to sizes as it runs: leave it out"
+        )
     find_build_cuda(library)
 
 

@@ -123,8 +123,9 @@ def read_manifest(root: Path) -> Manifest:
     if path.is_symlink():
         raise IntegrityError(f"{MANIFEST} is a symbolic link; a bundle holds plain files only")
     if not path.is_file():
+        reason = f"it has no {MANIFEST}" if root.is_dir() else "it is a file" if root.exists() else "it does not exist"
         remedy = "make one with 'dllm-export export MODEL -o BUNDLE'"
-        raise UsageError(f"{root} is not a bundle: it has no {MANIFEST}; {remedy}")
+        raise UsageError(f"{root} is not a bundle: {reason}; {remedy}")
     return decode_manifest(path.read_bytes())
 
 

@@ -127,7 +127,7 @@ def choose_targets(library: TensorRt, sm: str) -> tuple[str, ...]:
     """Compute capabilities to build for, refused before anything is built where the library cannot."""
     targets = tuple(part.strip() for part in sm.split(",") if part.strip())
     if targets == ("current",):
-        targets = (current_capability(),)
+        targets = (current_capability(library),)
     elif not library.targets:
         raise IncompatibleError(
             f"{library.flavour} {library.version} builds only for the GPU it runs on: use --sm current, or the flavour "
@@ -141,21 +141,26 @@ def choose_targets(library: TensorRt, sm: str) -> tuple[str, ...]:
                 f"TensorRT for RTX does not run on compute capability {target}; use --flavour tensorrt on that GPU"
             )
         if target not in library.targets:
-            raise UsageError(f"--sm {target} is none of {', '.join(library.targets)}")
+            known = ", ".join(library.targets)
+            raise UsageError(f"--sm {target} is none of {known}; several are separated by commas, as in 8.9,12.0")
     return targets
 
 
-def current_capability() -> str:
-    """Compute capability of this machine's first GPU."""
+def current_capability(library: TensorRt) -> str:
+    """Compute capability of this machine's first GPU, or what else can be built here."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
     except (OSError, subprocess.SubprocessError):
         found = []
     if not found:
-        raise IncompatibleError(
-            "no NVIDIA GPU answers here: name the compute capabilities to build for, as --sm 8.9,12.0"
-        )
+        remedy = "name the compute capabilities to build for, as --sm 8.9,12.0"
+        if not library.targets:
+            remedy = (
+                f"{library.flavour} {library.version} builds only for the GPU it runs on, so build on that machine, or use "
+                f"--flavour tensorrt-rtx --sm 8.9"
+            )
+        raise IncompatibleError(f"no NVIDIA GPU answers here: {remedy}")
     return found[0]
 
 

@@ -57,6 +57,10 @@ def test_without_a_gpu_the_current_one_cannot_be_meant(library: TensorRt, monkey
     monkeypatch.setenv("PATH", "")
     with pytest.raises(IncompatibleError, match=r"no NVIDIA GPU answers here: name .* --sm 8\.9,12\.0"):
         choose_targets(library, "current")
+    with pytest.raises(
+        IncompatibleError, match=r"answers here: tensorrt 8\.6\.1 builds only for .* build on that machine"
+    ):
+        choose_targets(old_library(), "current")
 
 
 def test_a_library_that_is_not_installed_gives_the_pip_line() -> None:
@@ -66,7 +70,22 @@ def test_a_library_that_is_not_installed_gives_the_pip_line() -> None:
         load_tensorrt("rtx")
 
 
+@pytest.mark.parametrize("sm", ["8.9 12.0", "sm_89", "89"])
+def test_capabilities_in_another_spelling_are_refused_with_the_right_one(sm: str, library: TensorRt) -> None:
+    with pytest.raises(
+        UsageError, match=rf"--sm {sm} is none of 7\.5, .*; several are separated by commas, as in 8\.9,12"
+    ):
+        choose_targets(library, sm)
+
+
 # -- types and sizes
+def test_fixed_sizes_are_refused_where_they_would_change_nothing(library: TensorRt) -> None:
+    options = BuildOptions(fixed="S=100,Q=4")
+    check_build(old_library(), options, "float16", 512)
+    with pytest.raises(UsageError, match=r"--fixed is for standard TensorRT, .*: leave it out"):
+        check_build(library, options, "float16", 512)
+
+
 def test_bfloat16_is_refused_where_the_library_has_none(library: TensorRt) -> None:
     with pytest.raises(IncompatibleError, match=r"tensorrt 8\.6\.1 has no bfloat16: export with --dtype float16"):
         check_build(old_library(), BuildOptions(), "bfloat16", 512)

@@ -138,7 +138,8 @@ def test_a_path_without_a_bundle_says_how_to_make_one(kind: str, tmp_path: Path)
         path.mkdir()
     if kind == "model":
         (path / "config.json").write_text("{}")
-    message = refuse(path, "is not a bundle", "dllm-export export MODEL -o BUNDLE", error=UsageError)
+    reason = {"nothing": "it does not exist", "file": "it is a file"}.get(kind, "it has no manifest.json")
+    message = refuse(path, f"is not a bundle: {reason}; ", "dllm-export export MODEL -o BUNDLE", error=UsageError)
     assert str(path) in message
 
 
