@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("graphs", "runtime", "exporter", "tools")
 
-REPOSITORY_ONLY = {"tools/check"}
+REPOSITORY_ONLY = {"tools/check", "tools/gpu_check"}
 """Files of the four folders that serve the repository and stay out of the wheel. All others must be in it."""
 
 
