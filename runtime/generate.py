@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.errors import OverflowedError
+from dllm_export.errors import OverflowedError, UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.head import Candidates, Head, bucket
@@ -18,9 +18,10 @@ from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies.policy import CachePolicy, StepKind, StepPlan, StepState
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.rope import rotary_tables
-from dllm_export.runtime.sampler import commit, propose
+from dllm_export.runtime.sampler import propose
 from dllm_export.runtime.schedule import commit_counts
 from dllm_export.runtime.session import Session
+from dllm_export.runtime.transfers import Quota, Transfer, TransferState
 from dllm_export.runtime.trunk import RequestShape, Trunk
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class Frame:
 
     step: int
     steps: int
+    """Steps in all; the most there can be where the decoding rule decides how many tokens a step commits."""
     block: int
     kind: StepKind
     tokens: NDArray[np.int32]  # [B, R] response, mask id where undecided
@@ -91,6 +93,7 @@ class Denoiser:
     request: Request
     options: GenerationOptions
     policy: CachePolicy
+    transfer: Transfer = Quota()
     watch: bool = False
     _canvas: NDArray[np.int32] = field(init=False)
     _confidence: NDArray[np.float64] = field(init=False)
@@ -101,6 +104,11 @@ class Denoiser:
     _unconditional_steps: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        if self.options.steps is not None and not self.transfer.keeps_schedule:
+            raise UsageError(
+                f"--steps has no effect with --transfer {self.transfer.name}, which commits as many tokens in a step as it "
+                f"trusts: leave it out"
+            )
         request = self.request
         self._canvas = request.canvas.copy()
         self._confidence = np.full((request.shape.batch, request.shape.response_rows), np.nan)
@@ -124,10 +132,17 @@ class Denoiser:
         step = 0
         for block in range(schedule.blocks):
             end = (block + 1) * schedule.block_length
-            counts = commit_counts(self._masked(end).sum(1), schedule.steps_per_block)
-            for quota in counts.T:
+            for quota in self._quotas(end):
                 step += 1
                 yield self._step(step, block, end, quota)
+
+    def _quotas(self, end: int) -> Iterator[NDArray[np.int64]]:
+        """Tokens to commit per sequence in each step of a block: the schedule's, or one until nothing is masked."""
+        if self.transfer.keeps_schedule:
+            yield from commit_counts(self._masked(end).sum(1), self.request.schedule.steps_per_block).T
+            return
+        while self._masked(end).any():
+            yield np.ones(self.request.shape.batch, np.int64)
 
     def _step(self, step: int, block: int, end: int, quota: NDArray[np.int64]) -> Frame:
         start, before = time.perf_counter(), self._clock.seconds
@@ -137,7 +152,7 @@ class Denoiser:
         recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
         return Frame(
             step=step,
-            steps=self.request.schedule.steps,
+            steps=self._most_steps,
             block=block,
             kind=plan.kind,
             tokens=response.copy(),
@@ -148,6 +163,12 @@ class Denoiser:
             engine_seconds=self._clock.seconds - before,
             seconds=time.perf_counter() - start,
         )
+
+    @property
+    def _most_steps(self) -> int:
+        """Steps of the schedule; a rule that keeps none takes at most one for each of its tokens."""
+        schedule = self.request.schedule
+        return schedule.steps if self.transfer.keeps_schedule else schedule.gen_length
 
     # -- run
     def _forward(self, step: int) -> StepPlan:
@@ -201,8 +222,16 @@ class Denoiser:
                 ranking_logsumexp=ranking_total,
                 ranked_last=last,
             )
-            ranking = rng.random(len(places)) if self.options.remasking == "random" else proposal.confidence
-            chosen = commit(ranking, int(quota[sequence]))
+            if not len(places):
+                continue
+            state = TransferState(
+                quota=int(quota[sequence]),
+                ranking=rng.random(len(places)) if self.options.remasking == "random" else proposal.confidence,
+                confidence=proposal.confidence,
+                entropy=candidates.entropy[sequence, : len(places)].astype(np.float64),
+                rows=places,
+            )
+            chosen = self.transfer.choose(state)
             self._response()[sequence, places[chosen]] = proposal.tokens[chosen]
             self._confidence[sequence, places[chosen]] = proposal.confidence[chosen]
             committed[sequence, places[chosen]] = True

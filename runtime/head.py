@@ -22,6 +22,7 @@ class Candidates:
     top_tokens: NDArray[np.int32]  # [B, Q, K]
     top_logits: NDArray[np.float32]  # [B, Q, K]
     logsumexp: NDArray[np.float32]  # [B, Q]
+    entropy: NDArray[np.float32]  # [B, Q], in nats
 
 
 class Head:
@@ -84,6 +85,7 @@ class Head:
             self._output("top_tokens", count).read(),
             self._output("top_logits", count).read(),
             self._output("logsumexp", count).read(),
+            self._output("entropy", count).read(),
         )
 
     def _output(self, name: str, count: int) -> Buffer:

@@ -18,6 +18,7 @@ from dllm_export.runtime.policies import CachePolicy, NoCache
 from dllm_export.runtime.request import Request, continuation, infilling
 from dllm_export.runtime.session import Session, SessionOptions, open_session
 from dllm_export.runtime.tokenizer import Tokenizer
+from dllm_export.runtime.transfers import Quota, Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ class DiffusionLM:
         request: Request,
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
+        transfer: Transfer = Quota(),
         *,
         watch: bool = False,
     ) -> Iterator[Frame]:
@@ -111,7 +113,7 @@ class DiffusionLM:
         manifest = self.bundle.manifest
         if workspace is None or workspace.request != request.shape:
             workspace = Workspace(self.session, manifest.shape, request.shape)
-        denoiser = Denoiser(workspace, manifest.shape, manifest.tokens, request, options, policy, watch)
+        denoiser = Denoiser(workspace, manifest.shape, manifest.tokens, request, options, policy, transfer, watch)
         try:
             yield from denoiser.frames()
         except Exception:
@@ -126,10 +128,11 @@ class DiffusionLM:
         request: Request,
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
+        transfer: Transfer = Quota(),
     ) -> list[Generation]:
         """Denoise a request to its end."""
         start = time.perf_counter()
-        frames = list(self.stream(request, options, policy))
+        frames = list(self.stream(request, options, policy, transfer))
         return self.summarize(request, frames, time.perf_counter() - start)
 
     def generate(
@@ -137,20 +140,22 @@ class DiffusionLM:
         prompts: Sequence[str],
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
+        transfer: Transfer = Quota(),
     ) -> list[Generation]:
         """Continue every prompt."""
         request = self.continuation([self.encode(prompt) for prompt in prompts], options)
-        return self.run(request, options, policy)
+        return self.run(request, options, policy, transfer)
 
     def infill(
         self,
         texts: Sequence[str],
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
+        transfer: Transfer = Quota(),
     ) -> list[Generation]:
         """Fill the mask tokens in every text; a result's tokens start at its first mask, its text is the whole text."""
         request = self.infilling([self.encode(text) for text in texts], options)
-        return self.run(request, options, policy)
+        return self.run(request, options, policy, transfer)
 
     def summarize(self, request: Request, frames: Sequence[Frame], seconds: float) -> list[Generation]:
         """The finished frames of a request as one result per sequence.

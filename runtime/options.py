@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from dllm_export.errors import UsageError
 from dllm_export.graphs.families import Remasking
+
+Kind = TypeVar("Kind")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -49,3 +53,12 @@ class GenerationOptions:
 def flag(name: str) -> str:
     """The command-line spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+def find_strategy(kinds: Mapping[str, Kind], name: str, noun: str) -> Kind:
+    """The policy or rule of this name, or an error that lists the names."""
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"no {noun} is called {name!r}; there are: {', '.join(kinds)}{hint}")
+    return kinds[name]

@@ -1,7 +1,7 @@
-"""From head statistics to committed tokens, on the host with seeded generators.
+"""From head statistics to proposed tokens, on the host with seeded generators.
 
-Source: the LLaDA sampling loop (arXiv 2502.09992): propose a token per candidate row, rank rows by confidence, commit the
-quota of the step. Committed tokens never change.
+Source: the LLaDA sampling loop (arXiv 2502.09992): propose a token per candidate row and say how sure it is. Which rows are
+then committed is the decoding rule's choice (runtime/transfers); committed tokens never change.
 """
 
 from __future__ import annotations
@@ -52,8 +52,3 @@ def propose(
     if ranked_last:
         confidence[np.isin(chosen, list(ranked_last))] = 0.0
     return Proposal(chosen, confidence)
-
-
-def commit(ranking: NDArray[np.float64], quota: int) -> NDArray[np.int64]:
-    """Places of the `quota` best-ranked candidates; ties go to the leftmost row."""
-    return np.argsort(-ranking, kind="stable")[:quota]

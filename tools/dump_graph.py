@@ -23,7 +23,8 @@ from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy
 from dllm_export.runtime.session import SessionOptions, open_session
-from dllm_export.tools.flags import Command, Flag, from_fields, policy_flags, shared_flags
+from dllm_export.runtime.transfers import Transfer
+from dllm_export.tools.flags import POLICY, TRANSFER, Command, Flag, choice_flags, from_fields, shared_flags
 from dllm_export.tools.output import format_bytes, on_terminal, plural, print_json, print_note, print_pairs
 from dllm_export.tools.prompts import collect_prompts, make_request, prompt_flags
 
@@ -66,7 +67,8 @@ CALLED_WITH: Mapping[str, str] = {
 )
 @prompt_flags
 @from_fields(GenerationOptions, "options", "Generation")
-@policy_flags("Feature cache")
+@choice_flags(POLICY)
+@choice_flags(TRANSFER)
 @from_fields(SessionOptions, "session", "Provider")
 @shared_flags
 def command(
@@ -82,6 +84,7 @@ def command(
     chat: bool,
     options: GenerationOptions,
     policy: CachePolicy,
+    transfer: Transfer,
     session: SessionOptions,
     as_json: bool,
 ) -> None:
@@ -98,7 +101,7 @@ def command(
     with closing(RecordingSession(open_session(opened, session), opened, target)) as recorder:
         model = DiffusionLM(opened, recorder)
         request = make_request(model, prompts, options)
-        recording = recorder.record(model.stream(request, options, policy))
+        recording = recorder.record(model.stream(request, options, policy, transfer))
     if recording is None:
         raise UsageError(explain_absence(target, recorder.called, request.schedule.steps))
     weights = sum(array.nbytes for array in recording.weights.values())

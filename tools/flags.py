@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 
 from dllm_export.errors import UsageError
-from dllm_export.runtime.options import flag
-from dllm_export.runtime.policies import POLICIES, CachePolicy, find_policy
+from dllm_export.runtime.options import find_strategy, flag
+from dllm_export.runtime.policies import POLICIES
+from dllm_export.runtime.transfers import TRANSFERS
 
 Callback = TypeVar("Callback", bound=Callable[..., object])
 Decorator = Callable[[Callback], Callback]
@@ -66,51 +67,80 @@ def from_fields(options: type[Any], parameter: str, section: str) -> Decorator[A
     return decorate
 
 
-def policy_flags(section: str) -> Decorator[Any]:
-    """A decorator: `--policy` and the fields of all policies; the command gets the chosen policy as `policy`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A flag that picks one of several dataclasses by name, whose fields are flags too."""
+
+    parameter: str
+    noun: str
+    kinds: Mapping[str, type[Any]]
+    default: str
+    section: str
+    help: str
+
+    def make(self, name: str, values: Mapping[str, Any]) -> Any:
+        """The strategy of this name with the values that were given (not None)."""
+        kind = find_strategy(self.kinds, name, self.noun)
+        given = {field: value for field, value in values.items() if value is not None}
+        for field in given:
+            if field not in {own.name for own in fields(kind)}:
+                owners = [other for other, its in self.kinds.items() if field in {own.name for own in fields(its)}]
+                raise UsageError(
+                    f"{flag(field)} is no option of the {self.noun} '{name}', it belongs to: {', '.join(owners)}; "
+                    f"add {flag(self.parameter)} {owners[0]} or leave it out"
+                )
+        return kind(**given)
+
+
+POLICY = Choice(
+    parameter="policy",
+    noun="cache policy",
+    kinds=POLICIES,
+    default="none",
+    section="Feature cache",
+    help="which features to take from the cache",
+)
+TRANSFER = Choice(
+    parameter="transfer",
+    noun="decoding rule",
+    kinds=TRANSFERS,
+    default="quota",
+    section="Decoding rule",
+    help="which tokens a step decides; all but quota decide as many as they trust and end when all are decided",
+)
+
+
+def choice_flags(choice: Choice) -> Decorator[Any]:
+    """A decorator: the choosing flag and the fields of all kinds; the command gets the chosen one as the parameter."""
     owners: dict[str, list[str]] = {}
-    for name, kind in POLICIES.items():
+    for name, kind in choice.kinds.items():
         for field in fields(kind):
             owners.setdefault(field.name, []).append(name)
 
     def decorate(command: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(command)
-        def call(*, policy: str, **values: Any) -> object:
-            own = {name: values.pop(name) for name in owners}
-            return command(**values, policy=make_policy(policy, own))
+        def call(**values: Any) -> object:
+            name, own = values.pop(choice.parameter), {field: values.pop(field) for field in owners}
+            return command(**values, **{choice.parameter: choice.make(name, own)})
 
         decorated: Callable[..., object] = call
-        for name, policies in reversed(owners.items()):
-            kind = POLICIES[policies[0]]
+        for name, names in reversed(owners.items()):
+            kind = choice.kinds[names[0]]
             field = next(field for field in fields(kind) if field.name == name)
-            note = f"[{', '.join(policies)}; default: {_show(field.default, field.name)}]"
-            decorated = make_flag(field, get_type_hints(kind)[name], section, None, note)(decorated)
-        choice = click.option(
-            "--policy",
+            note = f"[{', '.join(names)}; default: {_show(field.default, field.name)}]"
+            decorated = make_flag(field, get_type_hints(kind)[name], choice.section, None, note)(decorated)
+        option = click.option(
+            flag(choice.parameter),
             cls=Flag,
-            section=section,
-            default="none",
+            section=choice.section,
+            default=choice.default,
             show_default=True,
-            metavar="|".join(POLICIES),
-            help="which features to take from the cache",
+            metavar="|".join(choice.kinds),
+            help=choice.help,
         )
-        return choice(decorated)
+        return option(decorated)
 
     return decorate
-
-
-def make_policy(name: str, values: Mapping[str, Any]) -> CachePolicy:
-    """The policy of this name with the values that were given (not None)."""
-    kind = find_policy(name)
-    given = {field: value for field, value in values.items() if value is not None}
-    for field in given:
-        if field not in {own.name for own in fields(kind)}:
-            owners = [other for other, its in POLICIES.items() if field in {own.name for own in fields(its)}]
-            raise UsageError(
-                f"{flag(field)} is no option of the policy '{name}', it belongs to: {', '.join(owners)}; "
-                f"add --policy {owners[0]} or leave it out"
-            )
-    return kind(**given)
 
 
 def make_flag(field: Field[Any], hint: object, section: str, default: object, note: str = "") -> Decorator[Any]:

@@ -17,7 +17,18 @@ from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.session import SessionOptions, SessionReport
-from dllm_export.tools.flags import Command, Flag, describe, from_fields, policy_flags, report_flag, shared_flags
+from dllm_export.runtime.transfers import Quota, Transfer
+from dllm_export.tools.flags import (
+    POLICY,
+    TRANSFER,
+    Command,
+    Flag,
+    choice_flags,
+    describe,
+    from_fields,
+    report_flag,
+    shared_flags,
+)
 from dllm_export.tools.output import (
     format_bytes,
     notes,
@@ -37,7 +48,8 @@ from dllm_export.tools.watch import Watch
 @click.argument("bundle", type=click.Path(path_type=Path))
 @prompt_flags
 @from_fields(GenerationOptions, "options", "Generation")
-@policy_flags("Feature cache")
+@choice_flags(POLICY)
+@choice_flags(TRANSFER)
 @from_fields(SessionOptions, "session", "Provider")
 @click.option("--watch", cls=Flag, section="Output", is_flag=True, help="show every step on stderr while it happens")
 @report_flag
@@ -51,6 +63,7 @@ def command(
     chat: bool,
     options: GenerationOptions,
     policy: CachePolicy,
+    transfer: Transfer,
     session: SessionOptions,
     watch: bool,
     report: Path | None,
@@ -63,8 +76,8 @@ def command(
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)
     with DiffusionLM.from_pretrained(bundle, session) as model:
         request = make_request(model, prompts, options)
-        batch = denoise(model, request, options, policy, watch=watch)
-        settings = describe_settings(model, request, options, policy, session)
+        batch = denoise(model, request, options, policy, transfer, watch=watch)
+        settings = describe_settings(model, request, options, session) | describe_strategies(policy, transfer)
         has_text, held = model.tokenizer is not None, model.session.inspect()
     outcome = [describe_generation(generation, batch, settings, held) for generation in batch]
     value = outcome[0] if len(outcome) == 1 else outcome
@@ -76,13 +89,19 @@ def command(
 
 
 def denoise(
-    model: DiffusionLM, request: Request, options: GenerationOptions, policy: CachePolicy, *, watch: bool
+    model: DiffusionLM,
+    request: Request,
+    options: GenerationOptions,
+    policy: CachePolicy,
+    transfer: Transfer = Quota(),
+    *,
+    watch: bool,
 ) -> list[Generation]:
     """Run to the end and show it on the way; the time that the display takes is not counted."""
     frames: list[Frame] = []
     drawing, start = 0.0, time.perf_counter()
     with showing(model, policy.name, watch=watch) as show:
-        for frame in model.stream(request, options, policy, watch=watch):
+        for frame in model.stream(request, options, policy, transfer, watch=watch):
             frames.append(frame)
             before = time.perf_counter()
             show(frame)
@@ -102,7 +121,7 @@ def showing(model: DiffusionLM, policy: str, *, watch: bool) -> Iterator[Callabl
 
 
 def describe_settings(
-    model: DiffusionLM, request: Request, options: GenerationOptions, policy: CachePolicy, session: SessionOptions
+    model: DiffusionLM, request: Request, options: GenerationOptions, session: SessionOptions
 ) -> dict[str, object]:
     """Everything that determines the result, but for the prompt."""
     return {
@@ -111,9 +130,16 @@ def describe_settings(
         "digest": model.bundle.manifest.digest,
         "dtype": model.bundle.manifest.dtype,
         "session": describe(session),
-        "policy": {"name": policy.name, **describe(policy)},
         "options": describe(options),
         "request": {**describe(request.shape), **describe(request.schedule)},
+    }
+
+
+def describe_strategies(policy: CachePolicy, transfer: Transfer) -> dict[str, object]:
+    """Cache policy and decoding rule with their settings."""
+    return {
+        "policy": {"name": policy.name, **describe(policy)},
+        "transfer": {"name": transfer.name, **describe(transfer)},
     }
 
 

@@ -303,6 +303,12 @@ EFFECTS = {
     "--response-interval": (CACHED, f"{CACHED} --response-interval 2", "steps_by_kind"),
     "--update-ratio": (CACHED, f"{CACHED} --update-ratio 0.75", "confidence"),
     "--first-layer-rule": (CACHED, f"{CACHED} --no-first-layer-rule", "confidence"),
+    "--transfer": ("", "--transfer hierarchy", "passes"),
+    "--threshold": ("--transfer threshold", "--transfer threshold --threshold 0.05", "passes"),
+    "--factor": ("--transfer factor", "--transfer factor --factor 20", "passes"),
+    "--gamma": ("--transfer entropy-bound", "--transfer entropy-bound --gamma 50", "passes"),
+    "--low": ("--transfer hierarchy", "--transfer hierarchy --low 0.01 --high 0.9", "passes"),
+    "--high": ("--transfer hierarchy", "--transfer hierarchy --low 0 --high 0.01", "passes"),
     "--provider": ("", "--provider torch", "settings"),
     "--threads": ("", "--threads 2", "settings"),
     "--prepack": ("--prepack on", "--prepack off", "settings"),
@@ -329,8 +335,11 @@ def test_no_flag_of_generate_goes_untested() -> None:
 
 # -- wrong input
 WRONG = {
+    "--prompt a --transfer treshold": "there are: quota, threshold, factor, entropy-bound, hierarchy; did you mean threshold?",
+    "--prompt a --threshold 0.5": "--threshold is no option of the decoding rule 'quota', it belongs to: threshold",
+    "--prompt a --transfer threshold --steps 4": "--steps has no effect with --transfer threshold",
     "--prompt a --policy dlm-cache": "there are: none, dllm-cache; did you mean dllm-cache?",
-    "--prompt a --update-ratio 0.5": "--update-ratio is no option of the policy 'none', it belongs to: dllm-cache",
+    "--prompt a --update-ratio 0.5": "--update-ratio is no option of the cache policy 'none', it belongs to: dllm-cache",
     "--prompt a --policy dllm-cache --update-ratio 2": "--update-ratio is 2.0, expected a share from 0 to 1",
     "--prompt a --block-length 3": "--gen-length 16 is not divisible by --block-length 3",
     "--prompt a --steps 0": "--steps is 0, expected at least 1",

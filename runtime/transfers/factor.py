@@ -1,0 +1,36 @@
+"""Factor rule (Fast-dLLM, arXiv 2505.22618): the more rows at once, the surer each of them must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.errors import UsageError
+from dllm_export.runtime.options import option
+from dllm_export.runtime.transfers.transfer import TransferState, best_first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """Commit the n most confident rows, n the largest with (n + 1) (1 - c_(n)) < f, at least one.
+
+    The left side does not fall as n grows. With f = 1 the rows decoded together are those that greedy decoding one by one
+    would give, if their distributions factorise to within 1 - c.
+    """
+
+    factor: float = option(1.0, "f: doubt that rows committed together may add up to")
+    name: ClassVar[str] = "factor"
+    keeps_schedule: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.factor < float("inf"):
+            raise UsageError(f"--factor is {self.factor}, expected a number above 0")
+
+    def choose(self, state: TransferState) -> NDArray[np.int64]:
+        order = best_first(state.confidence)
+        counts = np.arange(1, len(order) + 1)
+        fits = (counts + 1) * (1.0 - state.confidence[order]) < self.factor
+        return order[: max(1, int(np.count_nonzero(fits)))]

@@ -1,0 +1,22 @@
+"""The fixed quota of LLaDA's sampling loop (arXiv 2502.09992): as many rows in a step as `--steps` demands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.runtime.transfers.transfer import TransferState, best_first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """Commit the best-ranked rows, as many as the schedule says."""
+
+    name: ClassVar[str] = "quota"
+    keeps_schedule: ClassVar[bool] = True
+
+    def choose(self, state: TransferState) -> NDArray[np.int64]:
+        return best_first(state.ranking)[: state.quota]
