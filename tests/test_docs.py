@@ -7,16 +7,22 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from dllm_export.graphs import ModelShape, TensorSpec, graph_specs
 from dllm_export.runtime.manifest import Manifest
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import NoCache
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = "docs/measurements/cpu-2-core.json"
+FRONTIER = "docs/measurements/frontier-2-core.json"
 
 
 def section(file: str, name: str) -> str:
@@ -60,6 +66,37 @@ def measured_table() -> str:
         f"`{report['command']}`; all figures: [{MEASURED}]({MEASURED}).",
     ]
     return "\n".join(rows) + "\n"
+
+
+def frontier_table() -> str:
+    """Policies and rules, the fastest first; every speed beside its answers."""
+    outcomes = json.loads((ROOT / FRONTIER).read_text())["outcomes"]
+    rows = [
+        "| policy | rule | tokens/s | tokens per pass | problems right | 95 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in sorted(outcomes, key=lambda one: one["seconds"]):
+        speed, share = one["tokens"] / one["seconds"], one["right"] / one["asked"]
+        rows.append(
+            f"| {one['policy']} | {one['transfer']} | {speed:.0f} | {one['tokens'] / one['passes']:.1f} | {share:.1%} of "
+            f"{one['asked']} | {one['low']:.1%} to {one['high']:.1%} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def test_the_frontier_equals_the_measurement() -> None:
+    assert section("docs/policies.md", "frontier") == frontier_table()
+
+
+def test_the_documented_rule_runs(open_model: Callable[[str], DiffusionLM]) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/policies.md").read_text(), re.DOTALL)
+    assert code
+    names: dict[str, Any] = {}
+    exec(code.group(1), names)
+    lm, options = open_model("onnxruntime"), GenerationOptions(gen_length=8)
+    request = lm.continuation([[1, 2, 3]], options)
+    frames = list(lm.stream(request, options, NoCache(), names["LeftToRight"]()))
+    assert [frame.committed[0].nonzero()[0].tolist() for frame in frames] == [[row] for row in range(8)]
 
 
 def test_the_graph_table_equals_the_catalog(llada_8b: ModelShape) -> None:
