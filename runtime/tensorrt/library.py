@@ -101,7 +101,7 @@ def find_library(flavour: Flavour) -> TensorRt | None:
     """The installed library of a flavour, or None."""
     try:
         module = importlib.import_module(MODULES[flavour])
-    except ImportError:
+    except (ImportError, OSError):  # OSError: installed, but a library that it is linked against is missing
         return None
     if not hasattr(module, "Builder"):  # a folder of type stubs imports as an empty package
         return None
