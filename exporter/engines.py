@@ -15,7 +15,7 @@ from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target, find_build_cuda
 from dllm_export.exporter.files import replace_file, require_writable
 from dllm_export.exporter.plans import build_plan
-from dllm_export.exporter.ranges import make_profiles
+from dllm_export.exporter.ranges import check_fixed_sizes, make_profiles
 from dllm_export.exporter.timing import TIMING_CACHE
 from dllm_export.graphs import graph_specs
 from dllm_export.runtime.bundle import (
@@ -44,6 +44,7 @@ def build_engines(
     """
     target, manifest = choose_target(options), bundle.manifest
     check_build(target.library, options, manifest.dtype, manifest.shape.max_length)
+    check_fixed_sizes(bundle.specs, manifest.shape.max_length, options)
     report = progress or (lambda what, step, steps: None)
     missing = find_missing(bundle, options, target)
     if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dllm_export.errors import UsageError
 from dllm_export.exporter.build_options import BuildOptions, parse_sizes
 from dllm_export.graphs import GraphSpec
 from dllm_export.runtime.tensorrt.library import Flavour
@@ -28,11 +29,28 @@ def make_profiles(
     fixed = [
         wide | {dim: (size, size, size) for dim, size in sizes.items()}
         for sizes in parse_sizes(options.fixed)
-        if sizes.keys() == wide.keys() - {"B"} and all(size <= wide[dim][2] for dim, size in sizes.items())
+        if _fits(sizes, wide)
     ]
     rows = min(options.rows, wide["S"][2]) if "S" in wide else 0
     narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if rows and dim in wide}
     return (*fixed, wide) if narrow == wide else (*fixed, narrow, wide)
+
+
+def check_fixed_sizes(specs: Mapping[str, GraphSpec], model_length: int, options: BuildOptions) -> None:
+    """Refuse fixed sizes that no graph would use."""
+    wide = {name: dim_ranges(spec, model_length, options) for name, spec in specs.items()}
+    for sizes in parse_sizes(options.fixed):
+        if not any(_fits(sizes, ranges) for ranges in wide.values()):
+            group = ",".join(f"{dim}={size}" for dim, size in sizes.items())
+            takes = "; ".join(f"{name} {'/'.join(sorted(ranges.keys() - {'B'}))}" for name, ranges in wide.items())
+            raise UsageError(
+                f"--fixed has {group!r}, which no graph has as its dims, or not within --max-length and --rows: {takes}"
+            )
+
+
+def _fits(sizes: Mapping[str, int], wide: Mapping[str, Range]) -> bool:
+    """Whether these are a graph's dims, the batch aside, within its ranges."""
+    return sizes.keys() == wide.keys() - {"B"} and all(size <= wide[dim][2] for dim, size in sizes.items())
 
 
 def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:

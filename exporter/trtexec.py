@@ -13,7 +13,7 @@ from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_target import check_length
 from dllm_export.exporter.precision import check_dtype
-from dllm_export.exporter.ranges import input_ranges, make_profiles
+from dllm_export.exporter.ranges import check_fixed_sizes, input_ranges, make_profiles
 from dllm_export.graphs import DType, GraphSpec, graph_specs
 from dllm_export.runtime.manifest import Manifest
 from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour, TensorRt, choose_targets, find_library
@@ -71,7 +71,9 @@ def list_commands(root: Path, manifest: Manifest, options: BuildOptions, tool: T
     """Graph and command line, for every graph of a bundle."""
     check_length(options, manifest.shape.max_length)
     flavour: Flavour = "tensorrt-rtx" if tool.name == "tensorrt_rtx" else "tensorrt"
-    for name, spec in graph_specs(manifest.shape).items():
+    specs = graph_specs(manifest.shape)
+    check_fixed_sizes(specs, manifest.shape.max_length, options)
+    for name, spec in specs.items():
         profiles = make_profiles(flavour, spec, manifest.shape.max_length, options)
         yield name, write_command(tool, str(root / manifest.graphs[name].file), spec, manifest.dtype, profiles)
 

@@ -6,7 +6,7 @@ import pytest
 
 from dllm_export.errors import UsageError
 from dllm_export.exporter.build_options import BuildOptions
-from dllm_export.exporter.ranges import make_profiles
+from dllm_export.exporter.ranges import check_fixed_sizes, make_profiles
 from dllm_export.graphs import ModelShape, graph_specs
 from dllm_export.runtime.tensorrt.library import Flavour
 from dllm_export.runtime.tensorrt.profiles import choose_profile
@@ -31,6 +31,14 @@ def test_a_call_of_the_fixed_sizes_takes_that_profile_and_others_do_not(llada_8b
     assert choose_profile("layer_partial", profiles, {"B": 2, "S": 1149, "Q": 64}) == 0
     assert choose_profile("layer_partial", profiles, {"B": 2, "S": 1148, "Q": 64}) == 1
     assert choose_profile("layer_partial", profiles, {"B": 2, "S": 1149, "Q": 300}) == 2
+
+
+@pytest.mark.parametrize("group", ["S=9000", "S=1149,X=256", "S=1149,Q=1200,X=9999"])
+def test_sizes_that_no_graph_would_use_are_refused(group: str, llada_8b: ModelShape) -> None:
+    specs = graph_specs(llada_8b)
+    check_fixed_sizes(specs, 4096, BuildOptions(fixed="S=1149,X=256,Q=64;S=1149"))
+    with pytest.raises(UsageError, match=rf"--fixed has '{group}', which no graph has .*layer_full S"):
+        check_fixed_sizes(specs, 4096, BuildOptions(fixed=f"S=1149;{group}"))
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt-rtx"])
