@@ -182,7 +182,7 @@ class OnnxOps:
         dims = (*x.dims[:-1], weight.dims[-1])
         if len(x.dims) != 3 or len(weight.dims) != 2:
             return self._node("MatMul", (x, weight), x.type, dims)
-        # Rows flattened: TensorRT 8.6 spreads a matrix over the batch of a three-dimensional operand, copies included.
+        # Rows flattened: one product of two matrices, where a three-dimensional operand asks for one a sequence.
         rows = self._reshape(x, (-1, int(x.dims[2])), ("rows", x.dims[2]))
         product = self._node("MatMul", (rows, weight), x.type, ("rows", dims[2]))
         return self._node("Reshape", (product, self._row_shape(x, int(dims[2]))), x.type, dims)

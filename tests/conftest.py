@@ -19,6 +19,7 @@ from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.runtime.sessions.torch import TorchSession
 from dllm_export.tools.eager import EagerModel, load_eager
+from dllm_export.tools.gpu_check import LLADA_8B
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
 
 # The same examples in every run, and no time limit for one: a busy machine is no failure.
@@ -44,19 +45,6 @@ VARIANTS = {
     "tied": replace(TINY, layers=2, tied_head=True),
 }
 """Shapes by name; the mask token is 96 and the end-of-text token 95."""
-
-LLADA_8B = ModelShape(
-    layers=32,
-    hidden=4096,
-    heads=32,
-    kv_heads=32,
-    head_dim=128,
-    mlp=12288,
-    vocab=126464,
-    max_length=4096,
-    norm_eps=1e-5,
-    rope_theta=5e5,
-)
 
 OpenModel = Callable[[str], DiffusionLM]
 
