@@ -15,6 +15,7 @@ from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.head import Candidates, Head, bucket
 from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies.contract import make_plan
 from dllm_export.runtime.policies.policy import CachePolicy, StepKind, StepPlan, StepState
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.rope import rotary_tables
@@ -84,6 +85,22 @@ class Clock:
 
 
 @dataclass(slots=True)
+class Passes:
+    """What a trunk has run so far: the conditional and the unconditional pass count apart, as their caches are apart."""
+
+    step: int = 0
+    block: int = -1
+    block_step: int = 0
+    masked: NDArray[np.bool_] | None = None  # [B, R] at the start of the last step
+
+    def advance(self, block: int) -> None:
+        """Count a pass in this block."""
+        self.step += 1
+        self.block_step = self.block_step + 1 if block == self.block else 1
+        self.block = block
+
+
+@dataclass(slots=True)
 class Denoiser:
     """One request on its way through the loop."""
 
@@ -101,7 +118,8 @@ class Denoiser:
     _given: NDArray[np.bool_] = field(init=False)
     _clock: Clock = field(init=False, default_factory=Clock)
     _passes: int = field(init=False, default=0)
-    _unconditional_steps: int = field(init=False, default=0)
+    _conditional: Passes = field(init=False, default_factory=Passes)
+    _unconditional: Passes = field(init=False, default_factory=Passes)
 
     def __post_init__(self) -> None:
         if self.options.steps is not None and not self.transfer.keeps_schedule:
@@ -146,7 +164,7 @@ class Denoiser:
 
     def _step(self, step: int, block: int, end: int, quota: NDArray[np.int64]) -> Frame:
         start, before = time.perf_counter(), self._clock.seconds
-        plan = self._forward(step)
+        plan = self._forward(step, block)
         committed = self._sample(end, quota)
         response = self._response()
         recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
@@ -171,27 +189,41 @@ class Denoiser:
         return schedule.steps if self.transfer.keeps_schedule else schedule.gen_length
 
     # -- run
-    def _forward(self, step: int) -> StepPlan:
-        plan = self._run_trunk(self.workspace.conditional, self._canvas, step)
+    def _forward(self, step: int, block: int) -> StepPlan:
+        plan = self._run_trunk(self.workspace.conditional, self._conditional, self._canvas, block)
         due = (step - 1) % self.options.cfg_interval == 0 or step <= GUIDANCE_WARMUP
         if self._guided and due:
-            # The schedule of the unconditional caches counts unconditional passes only.
-            self._unconditional_steps += 1
             blank = np.where(self._given, np.int32(self.special.mask), self._canvas)
-            self._run_trunk(self.workspace.unconditional, blank, self._unconditional_steps)
+            self._run_trunk(self.workspace.unconditional, self._unconditional, blank, block)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
             self._clock.time(self.workspace.head.prepare_guidance(*hidden))
         return plan
 
-    def _run_trunk(self, trunk: Trunk, canvas: NDArray[np.int32], step: int) -> StepPlan:
-        request = self.request.shape
-        state = StepState(
-            step=step, layers=self.shape.layers, prompt_rows=request.prompt_rows, response_rows=request.response_rows
-        )
-        plan = self.policy.plan(state)
+    def _run_trunk(self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int) -> StepPlan:
+        passes.advance(block)
+        plan = make_plan(self.policy, self._state(passes))
+        passes.masked = self._masked(self.request.shape.response_rows)
         self._clock.time(trunk.prepare(plan, canvas))
         self._passes += 1
         return plan
+
+    def _state(self, passes: Passes) -> StepState:
+        request, length = self.request.shape, self.request.schedule.block_length
+        masked = self._masked(request.response_rows)
+        before = masked if passes.masked is None else passes.masked
+        for array in (masked, before):
+            array.setflags(write=False)
+        start = request.prompt_rows + passes.block * length
+        return StepState(
+            step=passes.step,
+            block_step=passes.block_step,
+            block=(start, start + length),
+            layers=self.shape.layers,
+            prompt_rows=request.prompt_rows,
+            response_rows=request.response_rows,
+            masked=masked,
+            masked_before=before,
+        )
 
     # -- sample and commit
     def _sample(self, end: int, quota: NDArray[np.int64]) -> NDArray[np.bool_]:

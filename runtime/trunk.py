@@ -8,14 +8,18 @@ once and then only run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.graphs import ModelShape, TensorType
-from dllm_export.runtime.policies.policy import Alive, LayerPlan, StepPlan
+from dllm_export.runtime.policies.policy import LayerPlan, Rows, StepPlan
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
+
+Segment = Literal["sequence", "response"]
+ProgramKey = tuple[StepPlan, int, bool, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +35,8 @@ class RequestShape:
         """S."""
         return self.prompt_rows + self.response_rows
 
-    def rows(self, alive: Alive) -> int:
-        """X, the rows that travel through the layers."""
+    def rows(self, alive: Segment) -> int:
+        """Rows of the whole sequence or of the response."""
         return self.length if alive == "sequence" else self.response_rows
 
 
@@ -61,10 +65,9 @@ class Buffers:
         rows, width = (request.response_rows, shape.hidden) if name == "delta" else (request.length, shape.key_width)
         return self.get(f"{name}.{layer}.{half}", (request.batch, rows, width), "compute")
 
-    def hidden(self, alive: Alive, half: int) -> Buffer:
+    def hidden(self, stream: str, rows: int, half: int) -> Buffer:
         """The residual stream between two layers."""
-        dims = (self._request.batch, self._request.rows(alive), self._shape.hidden)
-        return self.get(f"hidden.{alive}.{half}", dims, "compute")
+        return self.get(f"hidden.{stream}.{half}", (self._request.batch, rows, self._shape.hidden), "compute")
 
     def sequence_delta(self, half: int) -> Buffer:
         """Deltas of all rows, where a step computes more than the response keeps."""
@@ -79,7 +82,9 @@ class Trunk:
         self._session, self._shape, self.request = session, shape, request
         self._buffers = Buffers(session, shape, request)
         self._halves = (0,) * shape.layers
-        self._programs: dict[tuple[StepPlan, tuple[int, ...]], tuple[Program, tuple[int, ...]]] = {}
+        self._programs: dict[ProgramKey, tuple[Program, tuple[int, ...]]] = {}
+        self._placed_rows: Rows | None = None
+        self._forced_rows: tuple[Segment, Rows] | None = None
 
     def start(self, cos: NDArray[np.float64], sin: NDArray[np.float64], mask: NDArray[np.bool_]) -> None:
         """Upload what stays fixed for a request: rotary tables [B, S, d/2] and the key mask [B, S]."""
@@ -90,9 +95,13 @@ class Trunk:
 
     def prepare(self, plan: StepPlan, tokens: NDArray[np.int32]) -> Program:
         """Upload the alive rows of the canvas [B, S] and return the step's program; caches count as written after it."""
-        alive = tokens if plan.alive == "sequence" else tokens[:, self.request.prompt_rows :]
-        self._tokens(plan.alive).write(alive)
-        key = (plan, self._halves)
+        self._tokens(plan).write(np.take_along_axis(tokens, self._alive(plan), axis=1))
+        if plan.rows is not None:
+            self._place(plan.rows)
+        if plan.forced is not None:
+            self._force(plan.alive, plan.forced)
+        rows = plan.rows.count if plan.rows else 0
+        key = (replace(plan, rows=None, forced=None), rows, plan.forced is not None, self._halves)
         if key not in self._programs:
             halves = tuple(
                 half if layer.graph == "layer_skip" else 1 - half
@@ -104,66 +113,121 @@ class Trunk:
 
     @property
     def hidden(self) -> Buffer:
-        """Hidden rows of the response [B, R, D] after the last run."""
-        return self._buffers.hidden("response", self._shape.layers % 2)
+        """Hidden rows of the response [B, R, D] after the last run; only its alive rows mean anything."""
+        return self._buffers.hidden("response", self.request.response_rows, self._shape.layers % 2)
 
     def recomputed(self, plan: StepPlan) -> NDArray[np.bool_]:
         """Which response rows [B, R] the last layer recomputed in the step of this plan, just run."""
         request, last = self.request, plan.layers[-1]
-        rows = np.full((request.batch, request.length), last.graph in ("layer_full", "layer_partial"))
+        rows = np.zeros((request.batch, request.length), np.bool_)
+        if last.graph in ("layer_full", "layer_partial"):
+            np.put_along_axis(rows, self._alive(plan), True, axis=1)
         if last.graph == "layer_adaptive":
             picked = self._picked(last.budget).read()
             np.put_along_axis(rows, picked.astype(np.int64), True, axis=1)
         return rows[:, request.prompt_rows :]
 
+    # -- positions that a plan brings along
+    def _alive(self, plan: StepPlan) -> NDArray[np.int64]:
+        """Positions of the alive rows [B, X]."""
+        if plan.rows is not None:
+            return plan.rows.array().astype(np.int64)
+        start = 0 if plan.alive == "sequence" else self.request.prompt_rows
+        return np.tile(np.arange(start, self.request.length), (self.request.batch, 1))
+
+    def _place(self, rows: Rows) -> None:
+        """Upload where the rows lie: `index`, its inverse `slot` and `fresh`, and the way back to the response."""
+        if rows == self._placed_rows:
+            return
+        index, length = rows.array(), self.request.length
+        slot = np.zeros((self.request.batch, length), np.int32)
+        fresh = np.zeros((self.request.batch, length), np.bool_)
+        places = np.broadcast_to(np.arange(rows.count, dtype=np.int32), index.shape)
+        np.put_along_axis(slot, index.astype(np.int64), places, axis=1)
+        np.put_along_axis(fresh, index.astype(np.int64), True, axis=1)
+        for buffer, values in zip(
+            (*self._row_buffers(rows.count), self._row_response()),
+            (index, slot, fresh, slot[:, self.request.prompt_rows :]),
+            strict=True,
+        ):
+            buffer.write(np.ascontiguousarray(values))
+        self._placed_rows = rows
+
+    def _row_buffers(self, count: int) -> tuple[Buffer, Buffer, Buffer]:
+        dims = (self.request.batch, self.request.length)
+        return (
+            self._buffers.get(f"index.rows.{count}", (self.request.batch, count), "int32"),
+            self._buffers.get("slot.rows", dims, "int32"),
+            self._buffers.get("fresh.rows", dims, "bool"),
+        )
+
+    def _row_response(self) -> Buffer:
+        """For every response row its place among the alive rows; 0 for rows that are not alive."""
+        return self._buffers.get("response.rows", (self.request.batch, self.request.response_rows), "int32")
+
+    def _force(self, alive: str, rows: Rows) -> None:
+        segment: Segment = "sequence" if alive == "sequence" else "response"
+        if (segment, rows) == self._forced_rows:
+            return
+        forced = np.zeros((self.request.batch, self.request.length), np.bool_)
+        np.put_along_axis(forced, rows.array().astype(np.int64), True, axis=1)
+        self._forced(segment).write(np.ascontiguousarray(forced[:, self.request.length - self.request.rows(segment) :]))
+        self._forced_rows = (segment, rows)
+
+    def _forced(self, segment: Segment) -> Buffer:
+        return self._buffers.get(f"forced.{segment}", (self.request.batch, self.request.rows(segment)), "bool")
+
     # -- a plan as graph calls
     def _calls(self, plan: StepPlan) -> Iterator[GraphCall]:
-        buffers, alive = self._buffers, plan.alive
-        yield GraphCall("embed", None, {"tokens": self._tokens(alive), "hidden_out": buffers.hidden(alive, 0)})
+        yield GraphCall("embed", None, {"tokens": self._tokens(plan), "hidden_out": self._stream(plan, 0)})
         for layer, step in enumerate(plan.layers):
-            stream = {
-                "hidden": buffers.hidden(alive, layer % 2),
-                "hidden_out": buffers.hidden(alive, (layer + 1) % 2),
-            }
+            stream = {"hidden": self._stream(plan, layer % 2), "hidden_out": self._stream(plan, (layer + 1) % 2)}
             yield from self._layer_calls(plan, layer, step, stream)
-        if alive == "sequence":
-            source = buffers.hidden(alive, self._shape.layers % 2)
-            yield self._gather(source, self._positions("response"), self.hidden)
+        if plan.alive != "response":
+            places = self._row_response() if plan.rows else self._positions("response")
+            yield self._gather(self._stream(plan, self._shape.layers % 2), places, self.hidden)
+
+    def _stream(self, plan: StepPlan, half: int) -> Buffer:
+        name = f"rows.{plan.rows.count}" if plan.rows else plan.alive
+        return self._buffers.hidden(name, self._alive_count(plan), half)
+
+    def _alive_count(self, plan: StepPlan) -> int:
+        if plan.rows is not None:
+            return plan.rows.count
+        return self.request.length if plan.alive == "sequence" else self.request.response_rows
 
     def _layer_calls(
         self, plan: StepPlan, layer: int, step: LayerPlan, stream: dict[str, Buffer]
     ) -> Iterator[GraphCall]:
         buffers, old = self._buffers, self._halves[layer]
         new = 1 - old
-        delta, new_delta = buffers.cache("delta", layer, old), buffers.cache("delta", layer, new)
         if step.graph == "layer_skip":
-            yield GraphCall("layer_skip", layer, {**stream, "delta": delta})
+            yield GraphCall("layer_skip", layer, {**stream, "delta": buffers.cache("delta", layer, old)})
             return
         written = {f"{name}_out": buffers.cache(name, layer, new) for name in ("key", "value")}
         cached = {name: buffers.cache(name, layer, old) for name in ("key", "value")}
         tensors = {**stream, **written, **self._context()}
         whole = plan.alive == "sequence"
-        before, after = (buffers.sequence_delta(0), buffers.sequence_delta(1)) if whole else (delta, new_delta)
+        tensors["delta_out"] = after = self._new_delta(plan, layer, new)
         if step.graph == "layer_full":
-            yield GraphCall("layer_full", layer, {**tensors, "delta_out": after})
+            yield GraphCall("layer_full", layer, tensors)
         elif step.graph == "layer_partial":
-            yield GraphCall("layer_partial", layer, {**tensors, **cached, **self._placed(plan), "delta_out": after})
+            yield GraphCall("layer_partial", layer, {**tensors, **cached, **self._placed(plan)})
         else:
+            delta = buffers.cache("delta", layer, old)
+            before = buffers.sequence_delta(0) if whole else delta
             if whole:
                 yield self._gather(delta, self._delta_places(), before)
             chosen = {
                 "delta": before,
-                "delta_out": after,
                 "budget": buffers.constant(f"budget.{step.budget}", np.array([step.budget]), "int64"),
-                "forced": self._forced(plan),
+                "forced": self._must_pick(plan),
                 "index_out": self._picked(step.budget),
-                "drift": buffers.get(
-                    f"drift.{plan.alive}", (self.request.batch, self.request.rows(plan.alive)), "float32"
-                ),
+                "drift": buffers.get(f"drift.{plan.alive}", (self.request.batch, self._alive_count(plan)), "float32"),
             }
             yield GraphCall("layer_adaptive", layer, {**tensors, **cached, **self._placed(plan), **chosen})
         if whole and plan.keep_delta:
-            yield self._gather(after, self._positions("response"), new_delta)
+            yield self._gather(after, self._positions("response"), buffers.cache("delta", layer, new))
 
     def _gather(self, source: Buffer, index: Buffer, target: Buffer) -> GraphCall:
         return GraphCall("gather", None, {"hidden": source, "index": index, "hidden_out": target})
@@ -177,8 +241,19 @@ class Trunk:
             "mask": self._buffers.get("mask", dims, "bool"),
         }
 
-    def _tokens(self, alive: Alive) -> Buffer:
-        return self._buffers.get(f"tokens.{alive}", (self.request.batch, self.request.rows(alive)), "int32")
+    def _tokens(self, plan: StepPlan) -> Buffer:
+        count = self._alive_count(plan)
+        name = f"rows.{count}" if plan.rows else plan.alive
+        return self._buffers.get(f"tokens.{name}", (self.request.batch, count), "int32")
+
+    def _new_delta(self, plan: StepPlan, layer: int, half: int) -> Buffer:
+        """Where a layer puts its deltas: the cache where the response is alive, else a buffer that the layers share."""
+        if plan.rows is not None:
+            dims = (self.request.batch, plan.rows.count, self._shape.hidden)
+            return self._buffers.get(f"delta.rows.{plan.rows.count}", dims, "compute")
+        if plan.alive == "sequence":
+            return self._buffers.sequence_delta(1)
+        return self._buffers.cache("delta", layer, half)
 
     def _picked(self, budget: int) -> Buffer:
         return self._buffers.get(f"picked.{budget}", (self.request.batch, budget), "int32")
@@ -186,22 +261,25 @@ class Trunk:
     def _repeat(self, name: str, row: NDArray[np.generic], type: TensorType) -> Buffer:
         return self._buffers.constant(name, np.tile(row, (self.request.batch, 1)), type)
 
-    def _positions(self, alive: Alive) -> Buffer:
-        start = self.request.length - self.request.rows(alive)
-        return self._repeat(f"index.{alive}", np.arange(start, self.request.length, dtype=np.int32), "int32")
+    def _positions(self, segment: Segment) -> Buffer:
+        start = self.request.length - self.request.rows(segment)
+        return self._repeat(f"index.{segment}", np.arange(start, self.request.length, dtype=np.int32), "int32")
 
     def _placed(self, plan: StepPlan) -> dict[str, Buffer]:
         """Where the alive rows lie: `index`, and its inverse `slot` and `fresh`."""
-        request, start = self.request, self.request.length - self.request.rows(plan.alive)
+        if plan.rows is not None:
+            return dict(zip(("index", "slot", "fresh"), self._row_buffers(plan.rows.count), strict=True))
+        segment: Segment = "sequence" if plan.alive == "sequence" else "response"
+        request, start = self.request, self.request.length - self.request.rows(segment)
         place = np.arange(request.length, dtype=np.int32)
         slot = np.maximum(place - start, 0)
         fresh = place >= start
         if not plan.write_response_values:
             fresh &= place < request.prompt_rows
         return {
-            "index": self._positions(plan.alive),
-            "slot": self._repeat(f"slot.{plan.alive}", slot, "int32"),
-            "fresh": self._repeat(f"fresh.{plan.alive}.{plan.write_response_values}", fresh, "bool"),
+            "index": self._positions(segment),
+            "slot": self._repeat(f"slot.{segment}", slot, "int32"),
+            "fresh": self._repeat(f"fresh.{segment}.{plan.write_response_values}", fresh, "bool"),
         }
 
     def _delta_places(self) -> Buffer:
@@ -209,6 +287,8 @@ class Trunk:
         place = np.arange(self.request.length, dtype=np.int32) - self.request.prompt_rows
         return self._repeat("delta_places", np.maximum(place, 0), "int32")
 
-    def _forced(self, plan: StepPlan) -> Buffer:
-        rows = np.arange(self.request.rows(plan.alive)) < (self.request.prompt_rows if plan.force_prompt else 0)
-        return self._repeat(f"forced.{plan.alive}.{plan.force_prompt}", rows, "bool")
+    def _must_pick(self, plan: StepPlan) -> Buffer:
+        segment: Segment = "sequence" if plan.alive == "sequence" else "response"
+        if plan.forced is not None:
+            return self._forced(segment)
+        return self._repeat(f"unforced.{segment}", np.zeros(self.request.rows(segment), np.bool_), "bool")

@@ -82,8 +82,10 @@ def reduced(bundle: Bundle, model: EagerModel, case: Case, policy: CachePolicy |
     trunk.start(*rotary_tables(shape, np.maximum(column - start, 0)), column >= start)
 
     def run(canvas: NDArray[np.int32], step: int) -> Tensor:
-        state = StepState(step=step, layers=shape.layers, prompt_rows=case.prompt, response_rows=case.response)
-        trunk.prepare((policy or case.policy).plan(state), canvas)()
+        state = StepState.first(
+            layers=shape.layers, prompt_rows=case.prompt, response_rows=case.response, batch=len(PADDING)
+        )
+        trunk.prepare((policy or case.policy).plan(replace(state, step=step, block_step=step)), canvas)()
         return model.classify(torch.from_numpy(trunk.hidden.read()))
 
     return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 import numpy as np
@@ -50,7 +50,7 @@ class Sizes:
     def kind(self, policy: CachePolicy, step: int) -> str:
         """What a policy does in a step."""
         rows = {"prompt_rows": len(self.prompt), "response_rows": self.gen_length}
-        return policy.plan(StepState(step=step, layers=self.layers, **rows)).kind
+        return policy.plan(replace(StepState.first(layers=self.layers, **rows), step=step, block_step=step)).kind
 
 
 def make_columns(

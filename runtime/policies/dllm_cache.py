@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import flag, option
-from dllm_export.runtime.policies.policy import LayerPlan, StepPlan, StepState
+from dllm_export.runtime.policies.policy import LayerPlan, Rows, StepPlan, StepState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class DllmCache:
         response = (state.step - 1) % self.response_interval == 0
         rows = int(state.response_rows * self.update_ratio)
         if state.step == 1 or (prompt and response):
-            return StepPlan(kind="full", alive="sequence", layers=(LayerPlan("layer_full"),) * state.layers)
+            return StepPlan.refresh(state)
         if response:
             layers = (LayerPlan("layer_partial"),) * state.layers
             return StepPlan(kind="refresh_response", alive="response", layers=layers)
@@ -47,7 +47,7 @@ class DllmCache:
                 kind="refresh_prompt",
                 alive="sequence",
                 layers=self._stack(first, rest, state.layers),
-                force_prompt=True,
+                forced=Rows.span(0, state.prompt_rows, state.batch),
                 write_response_values=self.update_ratio > 0,
             )
         # With no row to pick a layer only adds its cached delta. Values written on such a step would be written again

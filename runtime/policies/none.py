@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dllm_export.runtime.policies.policy import LayerPlan, StepPlan, StepState
+from dllm_export.runtime.policies.policy import StepPlan, StepState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,5 +15,4 @@ class NoCache:
     name: ClassVar[str] = "none"
 
     def plan(self, state: StepState) -> StepPlan:
-        layers = (LayerPlan("layer_full"),) * state.layers
-        return StepPlan(kind="full", alive="sequence", layers=layers, keep_delta=False)
+        return StepPlan.refresh(state, keep_delta=False)

@@ -1,24 +1,82 @@
-"""What a cache policy says about a step. Plans are values: a policy never touches a tensor."""
+"""What a cache policy says about a step. Plans are values: a policy never touches a tensor of the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 LayerGraph = Literal["layer_full", "layer_partial", "layer_adaptive", "layer_skip"]
-Alive = Literal["sequence", "response"]
+Alive = Literal["sequence", "response", "rows"]
 StepKind = Literal["full", "refresh_prompt", "refresh_response", "partial"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepState:
-    """What a policy may look at. Rows before `prompt_rows` are given text; the response is the rest."""
+    """What a policy may look at. Rows before `prompt_rows` are given text; the response is the rest.
+
+    Steps are counted per pass: the unconditional pass of guidance has caches, and so a count and a history, of its own.
+    """
 
     step: int
     """1-based and counted over the whole request, across blocks."""
+    block_step: int
+    """1-based within the block."""
+    block: tuple[int, int]
+    """First position of the block that is being decoded and the one after its last, counted from the sequence's start."""
     layers: int
     prompt_rows: int
     response_rows: int
+    masked: NDArray[np.bool_]  # [B, R] response rows that are undecided now
+    masked_before: NDArray[np.bool_]  # [B, R] those that were at the start of the last step; `masked` in the first
+
+    @classmethod
+    def first(cls, *, layers: int, prompt_rows: int, response_rows: int, batch: int = 1) -> StepState:
+        """The first step of a request without given response rows, decoded as one block."""
+        masked = np.ones((batch, response_rows), np.bool_)
+        return cls(
+            step=1,
+            block_step=1,
+            block=(prompt_rows, prompt_rows + response_rows),
+            layers=layers,
+            prompt_rows=prompt_rows,
+            response_rows=response_rows,
+            masked=masked,
+            masked_before=masked,
+        )
+
+    @property
+    def batch(self) -> int:
+        """B, sequences of the request."""
+        return len(self.masked)
+
+    @property
+    def length(self) -> int:
+        """S, rows of a sequence."""
+        return self.prompt_rows + self.response_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Positions in the sequence, one tuple for each sequence of the batch, equally long; repeats are harmless."""
+
+    positions: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def span(cls, start: int, end: int, batch: int) -> Rows:
+        """The positions from `start` up to, not including, `end`, in every sequence."""
+        return cls((tuple(range(start, end)),) * batch)
+
+    @property
+    def count(self) -> int:
+        """Rows of one sequence."""
+        return len(self.positions[0])
+
+    def array(self) -> NDArray[np.int32]:
+        """The positions as an array [B, count]."""
+        return np.array(self.positions, np.int32).reshape(len(self.positions), self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +89,39 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step. Equal plans run the same calls, so that a provider prepares (or captures) each only once."""
+    """One step. Plans that differ in nothing but positions run the same calls: a provider prepares them once."""
 
     kind: StepKind
     alive: Alive
-    """Rows that travel through the layers."""
+    """Rows that travel through the layers: all of the sequence, the response, or `rows`."""
     layers: tuple[LayerPlan, ...]
+    rows: Rows | None = None
+    """The alive rows of a plan whose `alive` is rows."""
     keep_delta: bool = True
     """Whether the deltas of the response are cached for later steps."""
-    force_prompt: bool = False
-    """`layer_adaptive` must pick every prompt row."""
+    forced: Rows | None = None
+    """Positions that `layer_adaptive` must pick."""
     write_response_values: bool = True
     """`layer_adaptive` stores the projected values of all alive rows, not of the prompt rows alone."""
+
+    @classmethod
+    def refresh(cls, state: StepState, *, keep_delta: bool = True) -> StepPlan:
+        """Every row of every layer."""
+        layers = (LayerPlan("layer_full"),) * state.layers
+        return cls(kind="full", alive="sequence", layers=layers, keep_delta=keep_delta)
+
+    @classmethod
+    def recompute(cls, state: StepState, rows: Rows) -> StepPlan:
+        """These rows in every layer, against the cached keys and values of all others."""
+        layers = (LayerPlan("layer_partial"),) * state.layers
+        return cls(kind="partial", alive="rows", rows=rows, layers=layers, keep_delta=False)
 
 
 class CachePolicy(Protocol):
     """A named, frozen set of parameters with one pure method."""
 
-    @property
-    def name(self) -> str:
-        """The name under which the command line knows the policy."""
-        ...
+    name: ClassVar[str]
+    """The name under which the command line knows the policy."""
 
     def plan(self, state: StepState) -> StepPlan:
         """The plan of a step; the same state always gives the same plan."""

@@ -7,7 +7,8 @@ DllmExportError           exit 1   base: one or two lines with what, got, expect
 |  `- OverflowedError     exit 3   a computation left the range of its number type
 |- IncompatibleError      exit 4   a provider, library, format version or device does not fit, or refuses
 |- IntegrityError         exit 5   a file is not what its manifest says
-`- ResourceError          exit 6   disk, memory or device memory ran out
+|- ResourceError          exit 6   disk, memory or device memory ran out
+`- StrategyError          exit 7   a cache policy or decoding rule broke its contract
 """
 
 from __future__ import annotations
@@ -57,3 +58,9 @@ class ResourceError(DllmExportError):
     """Disk, memory or device memory ran out."""
 
     exit_code = 6
+
+
+class StrategyError(DllmExportError):
+    """A cache policy or decoding rule that failed, or that asked for what cannot be run."""
+
+    exit_code = 7

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dllm_export.errors import UsageError
 from dllm_export.runtime.policies import POLICIES, CachePolicy, DllmCache, NoCache, StepPlan, StepState, find_policy
 
-STATE = StepState(step=1, layers=6, prompt_rows=40, response_rows=24)
+STATE = StepState.first(layers=6, prompt_rows=40, response_rows=24)
 SETTINGS = st.builds(
     DllmCache,
     prompt_interval=st.integers(1, 12),
@@ -22,13 +22,14 @@ SETTINGS = st.builds(
     update_ratio=st.floats(0.0, 1.0),
     first_layer_rule=st.booleans(),
 )
-STATES = st.builds(
-    StepState,
-    step=st.integers(1, 60),
-    layers=st.integers(1, 8),
-    prompt_rows=st.integers(0, 64),
-    response_rows=st.integers(1, 64),
-)
+
+
+@st.composite
+def states(draw: st.DrawFn) -> StepState:
+    first = StepState.first(
+        layers=draw(st.integers(1, 8)), prompt_rows=draw(st.integers(0, 64)), response_rows=draw(st.integers(1, 64))
+    )
+    return replace(first, step=draw(st.integers(1, 60)))
 
 
 def plans(policy: CachePolicy, steps: int, state: StepState = STATE) -> list[StepPlan]:
@@ -69,7 +70,7 @@ def test_without_a_cache_every_step_computes_everything_and_keeps_nothing() -> N
         assert (plan.alive, plan.keep_delta, len(plan.layers)) == ("sequence", False, 6)
 
 
-@given(SETTINGS, STATES)
+@given(SETTINGS, states())
 def test_a_plan_depends_on_nothing_but_settings_and_state(policy: DllmCache, state: StepState) -> None:
     plan = policy.plan(state)
     policy.plan(replace(state, step=state.step + 1))
@@ -78,7 +79,7 @@ def test_a_plan_depends_on_nothing_but_settings_and_state(policy: DllmCache, sta
     assert hash(plan) == hash(again), "equal plans share one prepared program"
 
 
-@given(SETTINGS, STATES)
+@given(SETTINGS, states())
 def test_every_layer_gets_a_graph_and_a_budget_that_fits_its_rows(policy: DllmCache, state: StepState) -> None:
     plan = policy.plan(state)
     assert len(plan.layers) == state.layers
@@ -93,7 +94,7 @@ def test_every_layer_gets_a_graph_and_a_budget_that_fits_its_rows(policy: DllmCa
     assert budgets <= {rows, state.prompt_rows + rows}
 
 
-@given(SETTINGS, STATES)
+@given(SETTINGS, states())
 def test_the_first_layer_is_computed_whole_on_every_step_where_the_rule_is_on(
     policy: DllmCache, state: StepState
 ) -> None:
@@ -104,17 +105,17 @@ def test_the_first_layer_is_computed_whole_on_every_step_where_the_rule_is_on(
         assert all(layer == first for layer in rest)
 
 
-@given(SETTINGS, STATES)
+@given(SETTINGS, states())
 def test_the_first_step_computes_everything(policy: DllmCache, state: StepState) -> None:
     plan = policy.plan(replace(state, step=1))
     assert (plan.kind, plan.keep_delta) == ("full", True)
     assert {layer.graph for layer in plan.layers} == {"layer_full"}
 
 
-@given(SETTINGS, STATES)
+@given(SETTINGS, states())
 def test_only_a_step_that_refreshes_the_prompt_alone_forces_its_rows(policy: DllmCache, state: StepState) -> None:
     plan = policy.plan(state)
-    assert plan.force_prompt == (plan.kind == "refresh_prompt")
+    assert (plan.forced is not None) == (plan.kind == "refresh_prompt")
     assert plan.write_response_values or policy.update_ratio == 0
 
 
