@@ -338,7 +338,7 @@ WRONG = {
     "--prompt a --transfer treshold": "there are: quota, threshold, factor, entropy-bound, hierarchy; did you mean threshold?",
     "--prompt a --threshold 0.5": "--threshold is no option of the decoding rule 'quota', it belongs to: threshold",
     "--prompt a --transfer threshold --steps 4": "--steps has no effect with --transfer threshold",
-    "--prompt a --policy dlm-cache": "there are: none, dllm-cache; did you mean dllm-cache?",
+    "--prompt a --policy dlm-cache": "there are: none, dllm-cache, dual; did you mean dllm-cache?",
     "--prompt a --update-ratio 0.5": "--update-ratio is no option of the cache policy 'none', it belongs to: dllm-cache",
     "--prompt a --policy dllm-cache --update-ratio 2": "--update-ratio is 2.0, expected a share from 0 to 1",
     "--prompt a --block-length 3": "--gen-length 16 is not divisible by --block-length 3",
