@@ -19,7 +19,7 @@ from dllm_export.runtime.policies.contract import make_plan
 from dllm_export.runtime.policies.policy import CachePolicy, StepKind, StepPlan, StepState
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.rope import rotary_tables
-from dllm_export.runtime.sampler import propose
+from dllm_export.runtime.sampler import propose, rank
 from dllm_export.runtime.schedule import commit_counts
 from dllm_export.runtime.session import Session
 from dllm_export.runtime.transfers import Quota, Transfer, TransferState
@@ -242,7 +242,7 @@ class Denoiser:
         banned = frozenset({self.special.mask, *((self.special.eos,) if self.options.logits_eos_inf else ())})
         candidates = self._candidates(index, banned)
         last = self._ranked_last()
-        ranking_total = self._candidates(index, banned | last).logsumexp if last else None
+        ranked = self._candidates(index, banned | last) if last else candidates
         for sequence, places in enumerate(rows):
             rng = self._rngs[sequence]
             proposal = propose(
@@ -251,14 +251,14 @@ class Denoiser:
                 len(places),
                 temperature=self.options.temperature,
                 rng=rng,
-                ranking_logsumexp=ranking_total,
+                ranking_logsumexp=ranked.logsumexp,
                 ranked_last=last,
             )
             if not len(places):
                 continue
             state = TransferState(
                 quota=int(quota[sequence]),
-                ranking=rng.random(len(places)) if self.options.remasking == "random" else proposal.confidence,
+                ranking=rank(self.options.remasking, ranked, sequence, proposal, rng=rng, ranked_last=last),
                 confidence=proposal.confidence,
                 entropy=candidates.entropy[sequence, : len(places)].astype(np.float64),
                 rows=places,

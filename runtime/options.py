@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from dllm_export.errors import UsageError
 from dllm_export.graphs.families import Remasking
@@ -29,7 +29,9 @@ class GenerationOptions:
     cfg_scale: float = option(0.0, "classifier-free guidance scale; above 0 runs a second, unconditional pass")
     cfg_interval: int = option(1, "steps between refreshes of the guidance residual (always fresh in steps 1 to 5)")
     remasking: Remasking = option(  # noqa: RUF009 (a field declaration; the rule knows it only from other files)
-        "low_confidence", "which candidates to commit", choices=("low_confidence", "random")
+        "low_confidence",
+        "which candidates go first: the surest, any, those furthest ahead of their second token, or of least entropy",
+        choices=get_args(Remasking),
     )
     logits_eos_inf: bool = option(False, "never choose the end-of-text token")
     confidence_eos_eot_inf: bool = option(False, "commit end-of-text and end-of-turn tokens last")
@@ -46,8 +48,8 @@ class GenerationOptions:
                 raise UsageError(f"{flag(name)} is {value}, expected a number from 0 up")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}, expected 0 or more")
-        if self.remasking not in ("low_confidence", "random"):
-            raise UsageError(f"--remasking is {self.remasking!r}, expected low_confidence or random")
+        if self.remasking not in get_args(Remasking):
+            raise UsageError(f"--remasking is {self.remasking!r}, expected one of: {', '.join(get_args(Remasking))}")
 
 
 def flag(name: str) -> str:

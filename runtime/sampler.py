@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_export.graphs.families import Remasking
 from dllm_export.runtime.head import Candidates
 
 
@@ -52,3 +53,32 @@ def propose(
     if ranked_last:
         confidence[np.isin(chosen, list(ranked_last))] = 0.0
     return Proposal(chosen, confidence)
+
+
+def rank(
+    remasking: Remasking,
+    candidates: Candidates,
+    sequence: int,
+    proposal: Proposal,
+    *,
+    rng: np.random.Generator,
+    ranked_last: frozenset[int] = frozenset(),
+) -> NDArray[np.float64]:
+    """What `--remasking` ranks the rows of a proposal by [n], larger first.
+
+    Gap (p_1 - p_2) and entropy are Dream's orders `topk_margin` and `entropy` (arXiv 2508.15487), both of the noise-free
+    distribution of `candidates`; rows that propose a `ranked_last` token come after all others.
+    """
+    count = len(proposal.tokens)
+    if remasking == "random":
+        return rng.random(count)
+    if remasking == "low_confidence":
+        return proposal.confidence
+    if remasking == "margin":
+        logits = candidates.top_logits[sequence, :count, :2].astype(np.float64)
+        share = np.exp(logits - candidates.logsumexp[sequence, :count, None].astype(np.float64))
+        ranking = share[:, 0] - share[:, 1]
+    else:
+        ranking = -candidates.entropy[sequence, :count].astype(np.float64)
+    ranking[np.isin(proposal.tokens, list(ranked_last))] = -np.inf
+    return ranking

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.shape import ModelShape
 
-Remasking = Literal["low_confidence", "random"]
+Remasking = Literal["low_confidence", "random", "margin", "entropy"]
 
 LAYER_SLOTS = ("norm1", "q", "k", "v", "out", "norm2", "gate", "up", "down")
 BIAS_SLOTS = ("q_bias", "k_bias", "v_bias")

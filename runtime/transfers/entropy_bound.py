@@ -15,7 +15,7 @@ from dllm_export.runtime.transfers.transfer import TransferState, best_first
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyBound:
-    """Commit the longest prefix U of the rows by confidence with sum of H over U - max of H over U <= gamma."""
+    """Commit the longest prefix U of the ranked rows with sum of H over U - max of H over U <= gamma."""
 
     gamma: float = option(0.1, "bound on the summed entropy of rows committed together, in nats, the largest left out")
     name: ClassVar[str] = "entropy-bound"
@@ -26,7 +26,7 @@ class EntropyBound:
             raise UsageError(f"--gamma is {self.gamma}, expected 0 or more")
 
     def choose(self, state: TransferState) -> NDArray[np.int64]:
-        order = best_first(state.confidence)
+        order = best_first(state.ranking)
         entropy = np.maximum(state.entropy[order], 0.0)  # rounding can leave a certain row a little below 0
         excess = np.cumsum(entropy) - np.maximum.accumulate(entropy)
         # Each row adds the smaller of itself and the largest before it, so that the excess never falls.

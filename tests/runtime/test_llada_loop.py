@@ -107,7 +107,13 @@ def published_sampler(
             proposal = logits.argmax(-1)
             if options.confidence_eos_eot_inf:
                 logits[:, :, [eos, end_of_turn]] = -torch.inf
-            confidence = logits.softmax(-1).gather(2, proposal.unsqueeze(2)).squeeze(2)
+            share = logits.softmax(-1)
+            confidence = share.gather(2, proposal.unsqueeze(2)).squeeze(2)
+            if options.remasking in ("margin", "entropy"):
+                gap, entropy = share.topk(2).values, -torch.special.entr(share).sum(-1)
+                ranks = gap[..., 0] - gap[..., 1] if options.remasking == "margin" else entropy
+                last = torch.isin(proposal, torch.tensor(ends)) & options.confidence_eos_eot_inf
+                confidence = ranks.where(~last, -1e9)
             confidence[:, end:] = -torch.inf
             confidence = confidence.where(masked, -torch.inf)
             if options.remasking == "random":
@@ -149,6 +155,12 @@ CONTINUATIONS: Mapping[str, dict[str, Any]] = {
     "end of text last": {"confidence_eos_eot_inf": True, "steps": 12},
     "both end options": {"confidence_eos_eot_inf": True, "logits_eos_inf": True},
     "random order": {"remasking": "random", "block_length": 12, "steps": 8, "seed": 3},
+    "largest gap": {"remasking": "margin", "block_length": 12, "steps": 8},
+    "least entropy": {"remasking": "entropy", "steps": 10},
+    "largest gap, end of text last": {"remasking": "margin", "confidence_eos_eot_inf": True},
+    "least entropy, end of text last": {"remasking": "entropy", "confidence_eos_eot_inf": True, "steps": 12},
+    "least entropy, guidance, no end of text": {"remasking": "entropy", "cfg_scale": 0.7, "logits_eos_inf": True},
+    "largest gap, guidance": {"remasking": "margin", "cfg_scale": 1.2, "cfg_interval": 2, "block_length": 8},
     "guidance": {"cfg_scale": 1.5},
     "guidance refreshed every third step": {"cfg_scale": 0.8, "cfg_interval": 3, "block_length": 12},
 }

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from dllm_export.graphs.families import Remasking
 from dllm_export.runtime.head import Candidates, bucket
-from dllm_export.runtime.sampler import propose
+from dllm_export.runtime.sampler import propose, rank
 
 
 def candidates(logits: NDArray[np.float64]) -> Candidates:
@@ -94,3 +95,24 @@ def test_tokens_that_are_ranked_last_get_no_confidence_and_others_are_normalised
     assert proposal.tokens.tolist() == LOGITS.argmax(1).tolist(), "the option ranks, it does not forbid"
     expected = np.where(proposal.tokens == last, 0.0, np.exp(LOGITS).max(1) / rest)
     np.testing.assert_allclose(proposal.confidence, expected, rtol=1e-6)
+
+
+@given(st.integers(1, 6), st.integers(0, 99), st.sampled_from([0.0, 1.3]))
+def test_gap_and_entropy_rank_by_the_noise_free_distribution(count: int, seed: int, temperature: float) -> None:
+    logits = rng(seed).normal(size=(6, 9)) * 2
+    found = candidates(logits)
+    proposal = propose(found, 0, count, temperature=temperature, rng=rng(seed))
+    last = frozenset({int(proposal.tokens[0])})
+    gaps, entropies = [], []
+    for row in logits[:count]:
+        share = np.exp(row) / np.exp(row).sum()
+        best, second = sorted(share, reverse=True)[:2]
+        gaps.append(best - second)
+        entropies.append(-sum(p * np.log(p) for p in share))
+    orders: dict[Remasking, list[float]] = {"margin": gaps, "entropy": [-entropy for entropy in entropies]}
+    for remasking, values in orders.items():
+        ranking = rank(remasking, found, 0, proposal, rng=rng())
+        np.testing.assert_allclose(ranking, values, rtol=0, atol=2e-6)  # the head's statistics are float32
+        expected = [-np.inf if token in last else value for token, value in zip(proposal.tokens, values, strict=True)]
+        ranking = rank(remasking, found, 0, proposal, rng=rng(), ranked_last=last)
+        np.testing.assert_allclose(ranking, expected, rtol=0, atol=2e-6)

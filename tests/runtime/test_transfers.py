@@ -82,7 +82,7 @@ def test_factor_takes_the_largest_count_whose_doubt_is_below_f(state: TransferSt
 
 @given(states(), st.sampled_from([0.0, 0.1, 0.5, 100.0]))
 def test_entropy_bound_takes_the_longest_prefix_within_gamma(state: TransferState, gamma: float) -> None:
-    order = by_value(state.confidence)
+    order = by_value(state.ranking)
     count = 1
     for n in range(1, len(order) + 1):
         prefix = [state.entropy[place] for place in order[:n]]
