@@ -42,7 +42,7 @@ class Frame:
     kind: StepKind
     tokens: NDArray[np.int32]  # [B, R] response, mask id where undecided
     committed: NDArray[np.bool_]  # [B, R] decided in this step
-    confidence: NDArray[np.float64]  # [B, R] of the rows decided so far, nan elsewhere
+    confidence: NDArray[np.float64]  # [B, R] of the rows decided so far, nan elsewhere and where an early stop filled
     recomputed: NDArray[np.bool_] | None  # [B, R] rows the last layer recomputed, where asked for
     passes: int
     """Forward passes so far; guidance adds its own."""
@@ -157,7 +157,10 @@ class Denoiser:
     def _quotas(self, end: int) -> Iterator[NDArray[np.int64]]:
         """Tokens to commit per sequence in each step of a block: the schedule's, or one until nothing is masked."""
         if self.transfer.keeps_schedule:
-            yield from commit_counts(self._masked(end).sum(1), self.request.schedule.steps_per_block).T
+            for quota in commit_counts(self._masked(end).sum(1), self.request.schedule.steps_per_block).T:
+                if self.options.early_stop and not self._masked(end).any():
+                    return
+                yield quota
             return
         while self._masked(end).any():
             yield np.ones(self.request.shape.batch, np.int64)
@@ -267,7 +270,15 @@ class Denoiser:
             self._response()[sequence, places[chosen]] = proposal.tokens[chosen]
             self._confidence[sequence, places[chosen]] = proposal.confidence[chosen]
             committed[sequence, places[chosen]] = True
-        return committed
+        return committed | self._fill_after_end() if self.options.early_stop else committed
+
+    def _fill_after_end(self) -> NDArray[np.bool_]:
+        """Every masked row behind an end of text becomes one too, without a confidence; returns which did [B, R]."""
+        response = self._response()
+        ended = np.logical_or.accumulate(np.isin(response, list(self.special.ends)), axis=1)
+        filled: NDArray[np.bool_] = ended & (response == self.special.mask)
+        response[filled] = self.special.eos
+        return filled
 
     def _candidates(self, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
         head, hidden = self.workspace.head, self.workspace.conditional.hidden
@@ -280,10 +291,7 @@ class Denoiser:
         return candidates
 
     def _ranked_last(self) -> frozenset[int]:
-        if not self.options.confidence_eos_eot_inf:
-            return frozenset()
-        ends = (self.special.eos, self.special.end_of_turn)
-        return frozenset(token for token in ends if token is not None)
+        return self.special.ends if self.options.confidence_eos_eot_inf else frozenset()
 
     def _response(self) -> NDArray[np.int32]:
         """View of the response rows of the canvas."""

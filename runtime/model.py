@@ -29,7 +29,7 @@ class Generation:
     tokens: tuple[int, ...]
     """The response's ids, all R of them."""
     confidence: tuple[float, ...]
-    """Probability of each token when it was committed; nan for given text."""
+    """Probability of each token when it was committed; nan for given text and for what an early stop filled."""
     finish_reason: str
     """`stop` if an end-of-text token was generated, else `length`."""
     passes: int
@@ -164,13 +164,12 @@ class DiffusionLM:
         infilled text is whole, from its first token to its last.
         """
         last, special = frames[-1], self.bundle.manifest.tokens
-        stops = [token for token in (special.eos, special.end_of_turn) if token is not None]
         results = []
         for row, canvas in enumerate(request.canvas):
             asked = canvas[request.shape.prompt_rows :] == special.mask
             first = int(np.argmax(asked))
             tokens, confidence = last.tokens[row, first:], last.confidence[row, first:]
-            ends = np.flatnonzero(np.isin(tokens, stops) & asked[first:])
+            ends = np.flatnonzero(np.isin(tokens, list(special.ends)) & asked[first:])
             shown = tokens[: ends[0]] if len(ends) else tokens
             if request.infilling:
                 given = canvas[request.padding[row] : request.shape.prompt_rows + first]

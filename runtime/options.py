@@ -35,6 +35,9 @@ class GenerationOptions:
     )
     logits_eos_inf: bool = option(False, "never choose the end-of-text token")
     confidence_eos_eot_inf: bool = option(False, "commit end-of-text and end-of-turn tokens last")
+    early_stop: bool = option(
+        False, "once a sequence has decided an end-of-text or end-of-turn token, what is masked after it is end-of-text"
+    )
     seed: int = option(0, "sequence i of a batch draws from seed + i")
 
     def __post_init__(self) -> None:

@@ -69,6 +69,8 @@ def infilling(
             raise UsageError(f"text {number} holds no mask token, so there is nothing to fill in")
     if options.gen_length or options.block_length:
         raise UsageError("--gen-length and --block-length do not apply to infilling: the masks in the text decide")
+    if options.early_stop:
+        raise UsageError("--early-stop does not apply to infilling, where text was given after the masks: leave it out")
     masks = max(list(canvas).count(tokens.mask) for canvas in canvases)
     steps = min(options.steps or masks, masks)
     tail = max(len(canvas) - list(canvas).index(tokens.mask) for canvas in canvases)

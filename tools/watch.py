@@ -121,7 +121,7 @@ class Canvas:
         """What a token adds to the text: pieces without line breaks, and line breaks."""
         if token == self._special.mask:
             yield self._glyph(LOOKS[state])
-        elif token in (self._special.eos, self._special.end_of_turn, self._special.pad):
+        elif token in (*self._special.ends, self._special.pad):
             yield self._glyph(END)
         else:
             for number, line in enumerate(self._piece(token).split("\n")):

@@ -24,6 +24,11 @@ class SpecialTokens:
     pad: int
     end_of_turn: int | None = None
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        return frozenset(token for token in (self.eos, self.end_of_turn) if token is not None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerDefaults:

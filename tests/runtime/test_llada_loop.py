@@ -20,9 +20,10 @@ from torch import Tensor
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
+from dllm_export.runtime.policies import CachePolicy, DllmCache, DualCache, NoCache
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
+from dllm_export.runtime.transfers import Quota, Threshold, Transfer
 from dllm_export.tools.eager import EagerModel
 from dllm_export.tools.four_feature import FourFeatureCache
 
@@ -100,6 +101,8 @@ def published_sampler(
         end = start + block
         for counts in transfer_counts(x[:, start:end] == MASK, steps).T:
             masked = x == MASK
+            if options.early_stop and not masked[:, :end].any():
+                break
             logits = logits_of(x)
             logits[:, :, MASK] = -torch.inf
             if options.logits_eos_inf:
@@ -122,8 +125,21 @@ def published_sampler(
                     ranks[open_rows] = torch.from_numpy(draw.random(int(open_rows.sum())))
             order = confidence.sort(dim=1, descending=True, stable=True).indices
             for row, places, count in zip(range(len(x)), order, counts.tolist(), strict=True):
-                x[row, places[:count]] = proposal[row, places[:count]]
+                places = places[: min(count, int(masked[row, :end].sum()))]
+                x[row, places] = proposal[row, places]
+            if options.early_stop:
+                stop_early(x[:, canvas.prompt :], eos, end_of_turn)
     return x[:, canvas.prompt :]
+
+
+def stop_early(response: Tensor, eos: int, end_of_turn: int) -> None:
+    """Masks behind an end become end-of-text, in place."""
+    for row in response:
+        ended = False
+        for place, token in enumerate(row.tolist()):
+            if ended and token == MASK:
+                row[place] = eos
+            ended |= token in (eos, end_of_turn)
 
 
 def open_with_ends(bundle: Bundle, ends: tuple[int, int]) -> DiffusionLM:
@@ -161,6 +177,9 @@ CONTINUATIONS: Mapping[str, dict[str, Any]] = {
     "least entropy, end of text last": {"remasking": "entropy", "confidence_eos_eot_inf": True, "steps": 12},
     "least entropy, guidance, no end of text": {"remasking": "entropy", "cfg_scale": 0.7, "logits_eos_inf": True},
     "largest gap, guidance": {"remasking": "margin", "cfg_scale": 1.2, "cfg_interval": 2, "block_length": 8},
+    "early stop": {"early_stop": True},
+    "early stop in blocks": {"early_stop": True, "block_length": 6, "steps": 12},
+    "early stop, guidance": {"early_stop": True, "cfg_scale": 0.5, "block_length": 12},
     "guidance": {"cfg_scale": 1.5},
     "guidance refreshed every third step": {"cfg_scale": 0.8, "cfg_interval": 3, "block_length": 12},
 }
@@ -183,7 +202,7 @@ def test_continuation_equals_the_published_sampler(
     plain = published((EOS, EOS), GenerationOptions(gen_length=24))
     ends = frequent_tokens(plain)
     expected = published(ends, options)
-    if options.logits_eos_inf or options.confidence_eos_eot_inf:
+    if options.logits_eos_inf or options.confidence_eos_eot_inf or options.early_stop:
         assert not torch.equal(plain, expected), "the option changed nothing, so that this test cannot see it"
     with open_with_ends(tiny_bundle, ends) as lm:
         results = lm.run(lm.continuation(PROMPTS, options), options, policy)
@@ -220,3 +239,40 @@ def test_infilling_equals_the_published_sampler(
     with open_with_ends(tiny_bundle, (EOS, EOS)) as lm:
         *_, last = lm.stream(lm.infilling(texts, settings), settings, policy)
     assert last.tokens.tolist() == expected.tolist()
+
+
+def text_of(tokens: tuple[int, ...], ends: tuple[int, int]) -> list[int]:
+    """What is shown: everything before the first end."""
+    places = [place for place, token in enumerate(tokens) if token in ends]
+    return list(tokens[: places[0]]) if places else list(tokens)
+
+
+@pytest.mark.parametrize("rule", [Quota(), Threshold(threshold=0.2)], ids=["quota", "threshold"])
+@pytest.mark.parametrize("policy", [NoCache(), CACHE, DualCache()], ids=lambda policy: policy.name)
+def test_an_early_stop_fills_what_follows_an_end_without_a_pass(
+    policy: CachePolicy, rule: Transfer, tiny_bundle: Bundle
+) -> None:
+    """From left to right an end comes when all before it is decided, so that the text must be the same."""
+    options = GenerationOptions(gen_length=24, block_length=1)
+    with open_with_ends(tiny_bundle, (EOS, EOS)) as lm:
+        plain = lm.run(lm.continuation(PROMPTS, options), options, policy, rule)
+    ends = (plain[0].tokens[9], plain[1].tokens[4])
+    with open_with_ends(tiny_bundle, ends) as lm:
+        request = lm.continuation(PROMPTS, options)
+        plain, stop = lm.run(request, options, policy, rule), replace(options, early_stop=True)
+        frames = list(lm.stream(request, stop, policy, rule))
+        stopped = lm.summarize(request, frames, 1.0)
+    shown = [text_of(result.tokens, ends) for result in plain]
+    assert [text_of(result.tokens, ends) for result in stopped] == shown
+    assert [result.finish_reason for result in stopped] == [result.finish_reason for result in plain] == ["stop"] * 2
+    longest = max(map(len, shown))
+    assert (len(frames), frames[-1].passes, frames[-1].steps) == (longest + 1, longest + 1, 24)
+    before = np.full((2, 24), MASK)
+    for frame in frames:
+        assert np.array_equal(frame.committed, frame.tokens != before), "a frame says what it changed"
+        before = frame.tokens
+    for result, text in zip(stopped, shown, strict=True):
+        behind = len(text) + 1
+        assert result.tokens[behind:] == (ends[0],) * (24 - behind)
+        assert np.isfinite(result.confidence[:behind]).all()
+        assert np.isnan(result.confidence[behind:]).all()

@@ -137,3 +137,8 @@ def test_a_canvas_longer_than_the_model_was_trained_for_is_refused() -> None:
         UsageError, match="the text is 33 tokens long, masks included, but the model was trained for 32"
     ):
         fill([1] * 32 + [MASK])
+
+
+def test_an_early_stop_does_not_apply_to_infilling() -> None:
+    with pytest.raises(UsageError, match="--early-stop does not apply to infilling"):
+        fill([1, MASK], early_stop=True)

@@ -298,6 +298,7 @@ EFFECTS = {
     "--remasking": ("", "--remasking random", "confidence"),
     "--logits-eos-inf": ("", "--logits-eos-inf", "tokens"),
     "--confidence-eos-eot-inf": ("", "--confidence-eos-eot-inf", "confidence"),
+    "--early-stop": ("--block-length 4", "--block-length 4 --early-stop", "passes"),
     "--policy": ("", CACHED, "steps_by_kind"),
     "--prompt-interval": (CACHED, f"{CACHED} --prompt-interval 3", "steps_by_kind"),
     "--response-interval": (CACHED, f"{CACHED} --response-interval 2", "steps_by_kind"),
