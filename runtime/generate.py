@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dllm_export.errors import OverflowedError, UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
+from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.head import Candidates, Head, bucket
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies.contract import make_plan
@@ -23,7 +24,7 @@ from dllm_export.runtime.sampler import propose, rank
 from dllm_export.runtime.schedule import commit_counts
 from dllm_export.runtime.session import Session
 from dllm_export.runtime.transfers import Quota, Transfer, TransferState
-from dllm_export.runtime.trunk import RequestShape, Trunk
+from dllm_export.runtime.trunk import Trunk
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.graphs import TOP_TOKENS, ModelShape, TensorType
+from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
-from dllm_export.runtime.trunk import RequestShape
 
 BANNED = -1e30
 """Logit bias of a token that must not be chosen; its probability is exactly 0 in float32."""

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from dllm_export.errors import UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SamplerDefaults, SpecialTokens
+from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.schedule import Schedule, make_schedule
-from dllm_export.runtime.trunk import RequestShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,71 +8,17 @@ once and then only run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.graphs import ModelShape, TensorType
+from dllm_export.runtime.buffers import Buffers, RequestShape, Segment
 from dllm_export.runtime.policies.policy import LayerPlan, Rows, StepPlan
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
 
-Segment = Literal["sequence", "response"]
 ProgramKey = tuple[StepPlan, int, bool, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestShape:
-    """Sizes of a request: B sequences of S = P + R rows; the response is the last R."""
-
-    batch: int
-    prompt_rows: int
-    response_rows: int
-
-    @property
-    def length(self) -> int:
-        """S."""
-        return self.prompt_rows + self.response_rows
-
-    def rows(self, alive: Segment) -> int:
-        """Rows of the whole sequence or of the response."""
-        return self.length if alive == "sequence" else self.response_rows
-
-
-class Buffers:
-    """Every allocation of one pass, made at first use of its name and then kept."""
-
-    def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
-        self._session, self._shape, self._request = session, shape, request
-        self._by_name: dict[str, Buffer] = {}
-
-    def get(self, name: str, dims: tuple[int, ...], type: TensorType) -> Buffer:
-        """The buffer of this name, zeroed when new."""
-        if name not in self._by_name:
-            self._by_name[name] = self._session.allocate(dims, type)
-        return self._by_name[name]
-
-    def constant(self, name: str, array: NDArray[np.generic], type: TensorType) -> Buffer:
-        """A buffer that holds this array from its first use on."""
-        if name not in self._by_name:
-            self.get(name, array.shape, type).write(array)
-        return self._by_name[name]
-
-    def cache(self, name: str, layer: int, half: int) -> Buffer:
-        """Cached `key` or `value` of all rows, or `delta` of the response rows."""
-        request, shape = self._request, self._shape
-        rows, width = (request.response_rows, shape.hidden) if name == "delta" else (request.length, shape.key_width)
-        return self.get(f"{name}.{layer}.{half}", (request.batch, rows, width), "compute")
-
-    def hidden(self, stream: str, rows: int, half: int) -> Buffer:
-        """The residual stream between two layers."""
-        return self.get(f"hidden.{stream}.{half}", (self._request.batch, rows, self._shape.hidden), "compute")
-
-    def sequence_delta(self, half: int) -> Buffer:
-        """Deltas of all rows, where a step computes more than the response keeps."""
-        dims = (self._request.batch, self._request.length, self._shape.hidden)
-        return self.get(f"sequence_delta.{half}", dims, "compute")
 
 
 class Trunk:

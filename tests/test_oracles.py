@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache, StepState
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
-from dllm_export.runtime.trunk import RequestShape, Trunk
+from dllm_export.runtime.trunk import Trunk
 from dllm_export.tools.eager import Context, EagerModel
 from dllm_export.tools.four_feature import FourFeatureCache
 

@@ -1,0 +1,73 @@
+"""What the layers share that pick their own rows: how far rows drifted, which are picked, and what becomes of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic
+
+from dllm_export.graphs.layers import finish_rows, put_rows
+from dllm_export.graphs.ops import Ops, T
+from dllm_export.graphs.shape import ModelShape
+
+FORCED_DRIFT = 4.0
+"""Drift is at most 2, so a row with this score is chosen before every other."""
+
+UNCHANGED = 1e-6
+"""Drift that rounding alone can cause in float32. Less counts as none, so that rows that did not change tie on every
+provider and the leftmost is taken; a row that turned by 0.1 % is already above it."""
+
+
+def measure_drift(ops: Ops[T], new: T, old: T) -> T:  # [B, N, D] twice -> [B, N] float32
+    """max(0, 1 - cosine - UNCHANGED) of each row with its former self; a zero row has cosine 0 (dLLM-Cache's V-verify)."""
+    with ops.scope("drift"):
+        new, old = ops.widen(new), ops.widen(old)
+        dot = ops.sum(ops.mul(new, old), keep=False)
+        norms = ops.mul(ops.sum(ops.mul(new, new), keep=False), ops.sum(ops.mul(old, old), keep=False))
+        cosine = ops.mul(dot, ops.rsqrt(norms, 1e-16))
+        return ops.relu(ops.sub(ops.fill(cosine, 1.0 - UNCHANGED), cosine))
+
+
+@dataclass(frozen=True, slots=True)
+class Picked(Generic[T]):
+    """Q of the X alive rows of each sequence, by falling drift."""
+
+    row: T  # [B, Q] place among the alive rows
+    position: T  # [B, Q] place in the sequence
+    chosen: T  # [B, X] whether an alive row is picked
+    rank: T  # [B, X] its place among the picked, 0 where it is not
+
+
+def pick_rows(ops: Ops[T], drift: T, t: Mapping[str, T]) -> Picked[T]:
+    """The `forced` rows first, then those of the largest drift [B, X], `budget` rows in all."""
+    score = ops.where(t["forced"], ops.fill(drift, FORCED_DRIFT), drift)
+    _, row = ops.top(score, t["budget"])
+    places = ops.unsqueeze(ops.unsqueeze(ops.positions(drift), 0), 2)
+    hit = ops.matches(ops.unsqueeze(row, 1), places)  # [B, X, Q]
+    return Picked(row, ops.take_rows(t["index"], row), ops.any_last(hit), ops.argmax_last(hit))
+
+
+def rotary_rows(ops: Ops[T], picked: Picked[T], t: Mapping[str, T]) -> tuple[T, T]:
+    """cos and sin [B, Q, d/2] of the picked rows."""
+    return ops.take_rows(t["cos"], picked.position), ops.take_rows(t["sin"], picked.position)
+
+
+def put_picked(ops: Ops[T], picked: Picked[T], rows: T, t: Mapping[str, T], cache: T) -> T:
+    """rows [B, Q, D] of the picked into cache [B, S, D], where they are fresh."""
+    fresh = ops.both(t["fresh"], ops.take_rows(picked.chosen, t["slot"]))
+    return put_rows(ops, rows, ops.take_rows(picked.rank, t["slot"]), fresh, cache)
+
+
+def update_picked(
+    ops: Ops[T], shape: ModelShape, picked: Picked[T], query: T, key: T, value: T, t: Mapping[str, T]
+) -> dict[str, T]:
+    """Attention and MLP of the picked rows; the other alive rows advance by their cached delta."""
+    new_delta = finish_rows(ops, shape, ops.take_rows(t["hidden"], picked.row), query, key, value, t["mask"], t)
+    delta = put_rows(ops, new_delta, picked.rank, picked.chosen, t["delta"])
+    return {
+        "hidden_out": ops.add(t["hidden"], delta),
+        "key_out": key,
+        "value_out": value,
+        "delta_out": delta,
+        "index_out": picked.position,
+    }
