@@ -117,6 +117,7 @@ class Denoiser:
     _confidence: NDArray[np.float64] = field(init=False)
     _rngs: list[np.random.Generator] = field(init=False)
     _given: NDArray[np.bool_] = field(init=False)
+    _residual: NDArray[np.bool_] = field(init=False)  # [B, R] rows that the guidance residual was computed for
     _clock: Clock = field(init=False, default_factory=Clock)
     _passes: int = field(init=False, default=0)
     _conditional: Passes = field(init=False, default_factory=Passes)
@@ -131,6 +132,7 @@ class Denoiser:
         request = self.request
         self._canvas = request.canvas.copy()
         self._confidence = np.full((request.shape.batch, request.shape.response_rows), np.nan)
+        self._residual = np.zeros(self._confidence.shape, np.bool_)
         self._rngs = [np.random.default_rng(self.options.seed + row) for row in range(request.shape.batch)]
         columns = np.arange(request.shape.length)
         visible = columns[None, :] >= request.padding[:, None]
@@ -196,12 +198,20 @@ class Denoiser:
     def _forward(self, step: int, block: int) -> StepPlan:
         plan = self._run_trunk(self.workspace.conditional, self._conditional, self._canvas, block)
         due = (step - 1) % self.options.cfg_interval == 0 or step <= GUIDANCE_WARMUP
-        if self._guided and due:
+        missing = self._masked((block + 1) * self.request.schedule.block_length) & ~self._residual
+        if self._guided and (due or missing.any()):
             blank = np.where(self._given, np.int32(self.special.mask), self._canvas)
-            self._run_trunk(self.workspace.unconditional, self._unconditional, blank, block)
+            other = self._run_trunk(self.workspace.unconditional, self._unconditional, blank, block)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
             self._clock.time(self.workspace.head.prepare_guidance(*hidden))
+            self._residual = self._alive(plan) & self._alive(other)
         return plan
+
+    def _alive(self, plan: StepPlan) -> NDArray[np.bool_]:
+        """Response rows [B, R] whose hidden rows mean something after a step of this plan."""
+        request = self.request.shape
+        everything = np.ones((request.batch, request.length), np.bool_)
+        return (plan.rows.mask(request.length) if plan.rows else everything)[:, request.prompt_rows :]
 
     def _run_trunk(self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int) -> StepPlan:
         passes.advance(block)

@@ -87,13 +87,11 @@ class Trunk:
             return
         index, length = rows.array(), self.request.length
         slot = np.zeros((self.request.batch, length), np.int32)
-        fresh = np.zeros((self.request.batch, length), np.bool_)
         places = np.broadcast_to(np.arange(rows.count, dtype=np.int32), index.shape)
         np.put_along_axis(slot, index.astype(np.int64), places, axis=1)
-        np.put_along_axis(fresh, index.astype(np.int64), True, axis=1)
         for buffer, values in zip(
             (*self._row_buffers(rows.count), self._row_response()),
-            (index, slot, fresh, slot[:, self.request.prompt_rows :]),
+            (index, slot, rows.mask(length), slot[:, self.request.prompt_rows :]),
             strict=True,
         ):
             buffer.write(np.ascontiguousarray(values))
@@ -115,8 +113,7 @@ class Trunk:
         segment: Segment = "sequence" if alive == "sequence" else "response"
         if (segment, rows) == self._forced_rows:
             return
-        forced = np.zeros((self.request.batch, self.request.length), np.bool_)
-        np.put_along_axis(forced, rows.array().astype(np.int64), True, axis=1)
+        forced = rows.mask(self.request.length)
         self._forced(segment).write(np.ascontiguousarray(forced[:, self.request.length - self.request.rows(segment) :]))
         self._forced_rows = (segment, rows)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 
 from dllm_export.errors import StrategyError
-from dllm_export.runtime.policies.policy import CachePolicy, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.policy import Alive, CachePolicy, LayerGraph, Rows, StepPlan, StepState
 
 
 def make_plan(policy: CachePolicy, state: StepState) -> StepPlan:
@@ -23,26 +25,42 @@ def make_plan(policy: CachePolicy, state: StepState) -> StepPlan:
     return plan
 
 
-def find_fault(plan: StepPlan, state: StepState) -> str | None:
+def find_fault(plan: object, state: StepState) -> str | None:
     """What is wrong with a plan, or None."""
+    if not isinstance(plan, StepPlan):
+        return f"it is a {type(plan).__name__}, expected a StepPlan"
     if len(plan.layers) != state.layers:
         return f"it has {len(plan.layers)} layers, expected {state.layers}"
+    for number, layer in enumerate(plan.layers):
+        if layer.graph not in get_args(LayerGraph):
+            return f"layer {number} runs {layer.graph!r}, expected one of: {', '.join(get_args(LayerGraph))}"
+    if plan.alive not in get_args(Alive):
+        return f"its alive rows are {plan.alive!r}, expected one of: {', '.join(get_args(Alive))}"
     if (plan.rows is not None) != (plan.alive == "rows"):
         return f"its alive rows are '{plan.alive}', and rows are {'given' if plan.rows else 'missing'}"
     for what, rows in (("rows", plan.rows), ("forced rows", plan.forced)):
         fault = None if rows is None else _find_row_fault(what, rows, state)
         if fault:
             return fault
-    if plan.rows is not None:
-        return _find_reach_fault(plan, plan.rows, state)
-    most = state.length if plan.alive == "sequence" else state.response_rows
+    return _find_segment_fault(plan, state) if plan.rows is None else _find_reach_fault(plan, plan.rows, state)
+
+
+def _find_segment_fault(plan: StepPlan, state: StepState) -> str | None:
+    """Layers that a provider cannot run on all rows of the sequence or of the response."""
+    first = 0 if plan.alive == "sequence" else state.prompt_rows
+    forced = np.zeros((state.batch, state.length), np.bool_) if plan.forced is None else plan.forced.mask(state.length)
+    least, most = max(1, int(forced.sum(1).max())), state.length - first
     for number, layer in enumerate(plan.layers):
-        if layer.graph == "layer_adaptive" and not 1 <= layer.budget <= most:
-            return f"layer {number} may pick {layer.budget} rows, expected 1 to {most}"
+        if layer.graph == "layer_adaptive" and not least <= layer.budget <= most:
+            return f"layer {number} may pick {layer.budget} rows, expected {least} (those that are forced) to {most}"
+        if layer.graph == "layer_adaptive" and not forced[:, first : state.prompt_rows].all():
+            return f"layer {number} may leave out prompt rows, which have no cached delta: force all of them"
         if layer.graph == "layer_full" and plan.alive != "sequence":
             return f"layer {number} runs layer_full, which needs all rows of the sequence alive"
         if layer.graph == "layer_skip" and plan.alive != "response":
             return f"layer {number} runs layer_skip, which needs the response alive: only its deltas are cached"
+    if forced[:, :first].any():
+        return f"it forces rows before position {first}, which are not alive"
     return None
 
 
@@ -65,9 +83,7 @@ def _find_reach_fault(plan: StepPlan, rows: Rows, state: StepState) -> str | Non
             return f"layer {number} runs {layer.graph}, but chosen rows can only run layer_partial"
     candidates = state.masked.copy()
     candidates[:, state.block[1] - state.prompt_rows :] = False
-    alive = np.zeros((state.batch, state.length), np.bool_)
-    np.put_along_axis(alive, rows.array().astype(np.int64), True, axis=1)
-    missing = np.argwhere(candidates & ~alive[:, state.prompt_rows :])
+    missing = np.argwhere(candidates & ~rows.mask(state.length)[:, state.prompt_rows :])
     if len(missing):
         sequence, row = missing[0]
         position = state.prompt_rows + row

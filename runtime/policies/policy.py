@@ -78,6 +78,12 @@ class Rows:
         """The positions as an array [B, count]."""
         return np.array(self.positions, np.int32).reshape(len(self.positions), self.count)
 
+    def mask(self, length: int) -> NDArray[np.bool_]:
+        """Which of `length` positions these are [B, length]."""
+        chosen = np.zeros((len(self.positions), length), np.bool_)
+        np.put_along_axis(chosen, self.array().astype(np.int64), True, axis=1)
+        return chosen
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:

@@ -1,0 +1,270 @@
+"""Policies that recompute chosen rows, as whole generations in float64 against a plain loop in PyTorch, token for token.
+
+The loop keeps lists of keys and values of its own, one sequence at a time: it runs the rows that a policy's published rule
+names, overwrites their keys and values, and attends over everything that is visible. Only those rows travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import CachePolicy, DualCache, NoCache
+from dllm_export.runtime.request import Request
+from dllm_export.runtime.transfers import Quota, Threshold, Transfer
+from dllm_export.tools.eager import EagerModel
+
+OpenModel = Callable[[str], DiffusionLM]
+MASK = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a rule of rows is written in terms of; steps are counted per pass and from 1."""
+
+    step: int
+    block_step: int
+    start: int
+    end: int
+    length: int
+    masked: list[set[int]]
+    before: list[set[int]]
+
+
+RowRule = Callable[[Look, int], Sequence[int]]
+"""The rows that a policy recomputes for one sequence of the batch, in the words of its paper."""
+
+
+def everything(look: Look) -> range:
+    return range(look.length)
+
+
+def dual(look: Look, _: int) -> range:
+    """Fast-dLLM: the block, and everything at its start."""
+    return everything(look) if look.block_step == 1 else range(look.start, look.end)
+
+
+RULES: Mapping[str, tuple[CachePolicy, RowRule]] = {
+    "dual": (DualCache(), dual),
+}
+
+
+# -- the plain loop
+@dataclass(slots=True)
+class PlainSequence:
+    """One sequence in one pass: its keys (not rotated) and values by layer and position, never written ones missing."""
+
+    model: EagerModel
+    padding: int
+    length: int
+    keys: list[dict[int, Tensor]] = field(init=False)
+    values: list[dict[int, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = [{} for _ in self.model.layers]
+        self.values = [{} for _ in self.model.layers]
+
+    def run(self, tokens: list[int], rows: Sequence[int]) -> dict[int, Tensor]:
+        """Logits of these rows by position."""
+        model, context = self.model, self.model.context([self.padding], self.length)
+        cos, sin = context.cos[0], context.sin[0]
+
+        def turn(x: Tensor, places: list[int]) -> Tensor:  # [n, heads, d]
+            low, high = x.chunk(2, dim=-1)
+            return x * cos[places].unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin[places].unsqueeze(1)
+
+        order, seen = list(rows), range(self.padding, self.length)
+        x = model.embed(torch.tensor([tokens[row] for row in order]))
+        for layer, weights in enumerate(model.layers):
+            inner = model.norm(x, weights["attn_norm.weight"])
+            query, key, value = (model.project(weights, name, inner) for name in ("q_proj", "k_proj", "v_proj"))
+            for place, row in enumerate(order):
+                self.keys[layer][row], self.values[layer][row] = key[place], value[place]
+            every_key = torch.stack([self.keys[layer][row] for row in seen]).unflatten(1, (model.kv_heads, -1))
+            every_value = torch.stack([self.values[layer][row] for row in seen]).unflatten(1, (model.kv_heads, -1))
+            groups = model.heads // model.kv_heads
+            every_key = turn(every_key, list(seen)).repeat_interleave(groups, dim=1)
+            every_value = every_value.repeat_interleave(groups, dim=1)
+            query = turn(query.unflatten(1, (model.heads, -1)), order)
+            weight = (torch.einsum("qhd,khd->hqk", query, every_key) / model.head_dim**0.5).softmax(-1)
+            mixed = torch.einsum("hqk,khd->qhd", weight, every_value).flatten(1)
+            x = x + model.project(weights, "attn_out", mixed)
+            x = x + model.mlp(weights, x)
+        return dict(zip(order, model.classify(x), strict=True))
+
+
+@dataclass(slots=True)
+class PlainPass:
+    """All sequences in one pass, with the pass's own counters and history."""
+
+    sequences: list[PlainSequence]
+    rule: RowRule
+    step: int = 0
+    block_step: int = 0
+    block: int = -1
+    before: list[set[int]] | None = None
+
+    def run(self, canvas: list[list[int]], block: tuple[int, int], masked: list[set[int]]) -> list[dict[int, Tensor]]:
+        self.step += 1
+        self.block_step = self.block_step + 1 if block[0] == self.block else 1
+        self.block = block[0]
+        look = Look(self.step, self.block_step, block[0], block[1], len(canvas[0]), masked, self.before or masked)
+        self.before = masked
+        return [
+            sequence.run(tokens, self.rule(look, number))
+            for number, (sequence, tokens) in enumerate(zip(self.sequences, canvas, strict=True))
+        ]
+
+
+def plain_generation(
+    model: EagerModel, request: Request, options: GenerationOptions, rule: RowRule, transfer: Transfer
+) -> tuple[list[list[int]], int]:
+    """LLaDA's loop at temperature 0: (response of every sequence, forward passes)."""
+    canvas: list[list[int]] = request.canvas.tolist()
+    length, prompt, block = len(canvas[0]), request.shape.prompt_rows, request.schedule.block_length
+    given = [[token != MASK for token in row] for row in canvas]
+
+    def open_pass() -> PlainPass:
+        return PlainPass([PlainSequence(model, int(padding), length) for padding in request.padding], rule)
+
+    def masks(until: int) -> list[set[int]]:
+        return [{row for row in range(prompt, until) if tokens[row] == MASK} for tokens in canvas]
+
+    conditional, unconditional = open_pass(), open_pass()
+    residual: list[dict[int, Tensor]] = [{} for _ in canvas]
+    step = 0
+    for start in range(prompt, length, block):
+        end, counts = start + block, [len(rows) for rows in masks(start + block)]
+        for inner in range(request.schedule.steps_per_block if isinstance(transfer, Quota) else block):
+            candidates = masks(end)
+            if not isinstance(transfer, Quota) and not any(candidates):
+                break
+            step += 1
+            logits = conditional.run(canvas, (start, end), masks(length))
+            if options.cfg_scale:
+                due = (step - 1) % options.cfg_interval == 0 or step <= 5
+                known = all(rows <= kept.keys() for rows, kept in zip(candidates, residual, strict=True))
+                if due or not known:
+                    blank = [
+                        [token if not fixed else MASK for token, fixed in zip(row, flags, strict=True)]
+                        for row, flags in zip(canvas, given, strict=True)
+                    ]
+                    other = unconditional.run(blank, (start, end), masks(length))
+                    residual = [
+                        {row: mine[row] - theirs[row] for row in mine.keys() & theirs.keys()}
+                        for mine, theirs in zip(logits, other, strict=True)
+                    ]
+                logits = [
+                    {row: rows[row] + options.cfg_scale * residual[number][row] for row in candidates[number]}
+                    for number, rows in enumerate(logits)
+                ]
+            for number, rows in enumerate(candidates):
+                sure = {}
+                for row in sorted(rows):
+                    scores = logits[number][row].clone()
+                    scores[MASK] = -torch.inf
+                    confidence, token = scores.softmax(-1).max(-1)
+                    sure[row] = (float(confidence), int(token))
+                order = sorted(sure, key=lambda row: (-sure[row][0], row))
+                if isinstance(transfer, Threshold):
+                    count = max(1, sum(confidence >= transfer.threshold for confidence, _ in sure.values()))
+                else:
+                    steps = request.schedule.steps_per_block
+                    count = counts[number] // steps + (inner < counts[number] % steps)
+                for row in order[:count]:
+                    canvas[number][row] = sure[row][1]
+    return [row[prompt:] for row in canvas], conditional.step + unconditional.step
+
+
+def generate(
+    lm: DiffusionLM, request: Request, options: GenerationOptions, policy: CachePolicy, transfer: Transfer
+) -> tuple[list[list[int]], int]:
+    *_, last = lm.stream(request, options, policy, transfer)
+    return last.tokens.tolist(), last.passes
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 90, length).tolist() for length in lengths]
+
+
+CASES: Mapping[str, tuple[tuple[int, ...], dict[str, Any], Transfer]] = {
+    "one sequence": ((9,), {"gen_length": 16, "block_length": 8}, Quota()),
+    "one block": ((5,), {"gen_length": 12}, Quota()),
+    "a padded batch": ((11, 6), {"gen_length": 18, "block_length": 6, "steps": 12}, Quota()),
+    "several tokens a step": ((4, 9), {"gen_length": 24, "block_length": 12, "steps": 10}, Quota()),
+    "threshold": ((8, 13), {"gen_length": 24, "block_length": 8}, Threshold(threshold=0.2)),
+    "guidance": ((9, 5), {"gen_length": 16, "block_length": 8, "cfg_scale": 1.2}, Quota()),
+    "guidance kept": ((9, 5), {"gen_length": 16, "block_length": 4, "cfg_scale": 0.8, "cfg_interval": 3}, Quota()),
+    "guidance, threshold": (
+        (7, 12),
+        {"gen_length": 18, "block_length": 6, "cfg_scale": 0.5, "cfg_interval": 2},
+        Threshold(threshold=0.3),
+    ),
+}
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+@every_rule
+@pytest.mark.parametrize("case", CASES)
+def test_a_generation_equals_the_plain_loop(
+    case: str, name: str, open_model: OpenModel, tiny_eager: dict[str, EagerModel]
+) -> None:
+    lm, (policy, rule), (lengths, keywords, transfer) = open_model("float64"), RULES[name], CASES[case]
+    options = GenerationOptions(**keywords)
+    request = lm.continuation(prompts(*lengths, seed=len(case)), options)
+    expected = plain_generation(tiny_eager["plain"], request, options, rule, transfer)
+    assert generate(lm, request, options, policy, transfer) == expected
+
+
+HOLES = {
+    "behind a prompt": ([[6, 7, 11, 15], [3, 9, 10, 14]], {}),
+    "everywhere": ([[0, 8, 9, 19], [2, 15]], {"steps": 2}),
+    "guided": ([[4, 5, 17], [3, 9, 10, 14, 15]], {"cfg_scale": 1.0, "cfg_interval": 2}),
+}
+
+
+@every_rule
+@pytest.mark.parametrize("case", HOLES)
+def test_infilling_equals_the_plain_loop(
+    case: str, name: str, open_model: OpenModel, tiny_eager: dict[str, EagerModel]
+) -> None:
+    lm, (policy, rule), (places, keywords) = open_model("float64"), RULES[name], HOLES[case]
+    options = GenerationOptions(**keywords)
+    texts = [
+        [MASK if place in holes else token for place, token in enumerate(text)]
+        for text, holes in zip(prompts(20, 16), places, strict=True)
+    ]
+    request = lm.infilling(texts, options)
+    expected = plain_generation(tiny_eager["plain"], request, options, rule, Quota())
+    assert generate(lm, request, options, policy, Quota()) == expected
+
+
+@every_rule
+def test_a_batch_gives_what_its_sequences_give_alone(name: str, open_model: OpenModel) -> None:
+    lm, policy, options = open_model("float64"), RULES[name][0], GenerationOptions(gen_length=16, block_length=8)
+    texts = prompts(12, 7)
+    together = lm.run(lm.continuation(texts, options), options, policy)
+    alone = [lm.run(lm.continuation([text], options), options, policy)[0] for text in texts]
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+
+
+@every_rule
+def test_another_rule_of_rows_is_seen(name: str, open_model: OpenModel, tiny_eager: dict[str, EagerModel]) -> None:
+    """The comparison can fail: without a cache these requests come out differently."""
+    lm, (policy, _) = open_model("float64"), RULES[name]
+    differences = 0
+    for lengths, keywords, transfer in CASES.values():
+        options = GenerationOptions(**keywords)
+        request = lm.continuation(prompts(*lengths), options)
+        found = generate(lm, request, options, policy, transfer)
+        differences += found[0] != generate(lm, request, options, NoCache(), transfer)[0]
+    assert differences > len(CASES) // 3
