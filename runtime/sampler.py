@@ -75,10 +75,15 @@ def rank(
     if remasking == "low_confidence":
         return proposal.confidence
     if remasking == "margin":
-        logits = candidates.top_logits[sequence, :count, :2].astype(np.float64)
-        share = np.exp(logits - candidates.logsumexp[sequence, :count, None].astype(np.float64))
-        ranking = share[:, 0] - share[:, 1]
+        ranking = share(candidates, sequence, count, 0) - share(candidates, sequence, count, 1)
     else:
         ranking = -candidates.entropy[sequence, :count].astype(np.float64)
     ranking[np.isin(proposal.tokens, list(ranked_last))] = -np.inf
     return ranking
+
+
+def share(candidates: Candidates, sequence: int, count: int, place: int) -> NDArray[np.float64]:
+    """Probability of the token at this place of the order, 0 the likeliest, of the first `count` candidates [n]."""
+    logits = candidates.top_logits[sequence, :count, place].astype(np.float64)
+    probability: NDArray[np.float64] = np.exp(logits - candidates.logsumexp[sequence, :count].astype(np.float64))
+    return probability

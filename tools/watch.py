@@ -83,6 +83,7 @@ class Canvas:
         """The name of every token's state; `committed` [R] is what was decided since the frame drawn before."""
         fresh = np.zeros_like(committed) if frame.recomputed is None else frame.recomputed[0]
         masked = frame.tokens[0] == self._special.mask
+        committed = committed & ~masked  # a rule may have masked a row again
         return [
             "committed" if new else ("masked" if hidden else "decided") + ("_fresh" if again else "")
             for new, hidden, again in zip(committed, masked, fresh, strict=True)

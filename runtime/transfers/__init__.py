@@ -10,7 +10,7 @@ from dllm_export.runtime.transfers.factor import Factor
 from dllm_export.runtime.transfers.hierarchy import Hierarchy
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.threshold import Threshold
-from dllm_export.runtime.transfers.transfer import Transfer, TransferState
+from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
 
 AnyTransfer = type[Quota] | type[Threshold] | type[Factor] | type[EntropyBound] | type[Hierarchy]
 TRANSFERS: Mapping[str, AnyTransfer] = {
@@ -25,6 +25,7 @@ def find_transfer(name: str) -> AnyTransfer:
 
 __all__ = [
     "TRANSFERS",
+    "Choice",
     "EntropyBound",
     "Factor",
     "Hierarchy",

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import option
-from dllm_export.runtime.transfers.transfer import TransferState, best_first
+from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState, best_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Factor:
+class Factor(Transfer):
     """Commit the n most confident rows, n the largest with (n + 1) (1 - c_(n)) < f, at least one.
 
     The left side does not fall as n grows. With f = 1 the rows decoded together are those that greedy decoding one by one
@@ -23,14 +22,13 @@ class Factor:
 
     factor: float = option(1.0, "f: doubt that rows committed together may add up to")
     name: ClassVar[str] = "factor"
-    keeps_schedule: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.factor < float("inf"):
             raise UsageError(f"--factor is {self.factor}, expected a number above 0")
 
-    def choose(self, state: TransferState) -> NDArray[np.int64]:
+    def choose(self, state: TransferState) -> Choice:
         order = best_first(state.confidence)
         counts = np.arange(1, len(order) + 1)
         fits = (counts + 1) * (1.0 - state.confidence[order]) < self.factor
-        return order[: max(1, int(np.count_nonzero(fits)))]
+        return Choice(order[: max(1, int(np.count_nonzero(fits)))])

@@ -6,27 +6,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import option
-from dllm_export.runtime.transfers.transfer import TransferState, best_first
+from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState, best_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hierarchy:
+class Hierarchy(Transfer):
     """Commit the surest row of every contiguous run above `low`, all rows above `high`, and always the surest of all."""
 
     low: float = option(0.4, "least confidence of the best row of a run of masks")
     high: float = option(0.9, "confidence above which every row is committed")
     name: ClassVar[str] = "hierarchy"
-    keeps_schedule: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise UsageError(f"--low is {self.low} and --high {self.high}, expected 0 <= low <= high <= 1")
 
-    def choose(self, state: TransferState) -> NDArray[np.int64]:
+    def choose(self, state: TransferState) -> Choice:
         confidence = state.confidence
         chosen = confidence > self.high
         starts = np.flatnonzero(np.diff(state.rows, prepend=state.rows[0] - 2) != 1)
@@ -35,4 +33,4 @@ class Hierarchy:
             chosen[best] |= confidence[best] > self.low
         order = best_first(confidence)
         chosen[order[0]] = True
-        return order[chosen[order]]
+        return Choice(order[chosen[order]])

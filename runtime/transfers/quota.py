@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dllm_export.runtime.transfers.transfer import TransferState, best_first
+from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState, best_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quota:
+class Quota(Transfer):
     """Commit the best-ranked rows, as many as the schedule says."""
 
     name: ClassVar[str] = "quota"
     keeps_schedule: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
 
-    def choose(self, state: TransferState) -> NDArray[np.int64]:
-        return best_first(state.ranking)[: state.quota]
+    def choose(self, state: TransferState) -> Choice:
+        return Choice(best_first(state.ranking)[: state.quota])

@@ -6,26 +6,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import option
-from dllm_export.runtime.transfers.transfer import TransferState, best_first
+from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState, best_first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Threshold:
+class Threshold(Transfer):
     """Commit every row with confidence c >= tau, and the most confident one whatever its confidence."""
 
     threshold: float = option(0.9, "tau: least confidence of a row that is committed")
     name: ClassVar[str] = "threshold"
-    keeps_schedule: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
             raise UsageError(f"--threshold is {self.threshold}, expected a probability from 0 to 1")
 
-    def choose(self, state: TransferState) -> NDArray[np.int64]:
+    def choose(self, state: TransferState) -> Choice:
         order = best_first(state.confidence)
         sure = int(np.count_nonzero(state.confidence >= self.threshold))
-        return order[: max(1, sure)]
+        return Choice(order[: max(1, sure)])

@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TransferState:
-    """What a rule may look at: the masked rows of one sequence's block, left to right, n of them, n >= 1."""
+    """What a rule may look at: one sequence's block, its n >= 1 masked rows and its m decided ones, left to right.
+
+    Rows are places in the response. Probabilities are those of the noise-free distribution after bans and guidance.
+    """
 
     quota: int
     """Rows that the schedule of `--steps` would commit now."""
+    block: tuple[int, int]
+    """First row of the block and the one after its last."""
+    block_step: int
+    """1-based within the block."""
+    block_masks: int
+    """Rows that were masked when the block began."""
+    rows: NDArray[np.int64]  # [n] the candidates: masked rows
     ranking: NDArray[np.float64]  # [n] what `--remasking` ranks by, larger first
     confidence: NDArray[np.float64]  # [n] probability of the proposed token
+    second: NDArray[np.float64]  # [n] second-largest probability of the row
     entropy: NDArray[np.float64]  # [n] of the row's distribution, in nats
-    rows: NDArray[np.int64]  # [n] their places in the response
+    decided: NDArray[np.int64]  # [m] rows that were decided in earlier steps; none that was given
+    decided_confidence: NDArray[np.float64]  # [m] their confidence when they were committed
+    memory: Any = None
+    """What the rule's last choice for this sequence wanted to see again; None at first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """What a rule makes of a state."""
+
+    commit: NDArray[np.int64]
+    """Indices into the candidates: the schedule's number of rows or more under `keeps_schedule`, else at least one."""
+    remask: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Indices into the decided rows: those to mask again. After k steps a block has k masks fewer at least."""
+    memory: Any = None
+    """Comes back as `memory` in the next state of this sequence."""
 
 
 class Transfer(Protocol):
-    """A decoding rule: pure, and the same for every policy and provider."""
+    """A decoding rule: frozen, pure, and the same for every policy and provider. Derive from it to get the defaults."""
 
     name: ClassVar[str]
-    keeps_schedule: ClassVar[bool]
+    keeps_schedule: ClassVar[bool] = False
     """Whether a block takes the steps of its schedule; else it ends as soon as nothing is masked."""
+    ranks: ClassVar[bool] = False
+    """Whether the rule looks at `ranking`, so that `--remasking` means something."""
+    remasks: ClassVar[bool] = False
+    """Whether the rule may mask decided rows again."""
 
-    def choose(self, state: TransferState) -> NDArray[np.int64]:
-        """Indices into the candidates, at least one unless the schedule says none, each at most once."""
+    def choose(self, state: TransferState) -> Choice:
+        """The rows to commit; the same state always gives the same choice."""
         ...
 
 

@@ -42,12 +42,19 @@ def states(draw: st.DrawFn) -> TransferState:
         return np.array(draw(st.lists(values, min_size=count, max_size=count)))
 
     rows = np.cumsum(np.array(draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))))
+    confidence = some(PROBABILITY)
     return TransferState(
         quota=draw(st.integers(0, 30)),
-        ranking=some(PROBABILITY),
-        confidence=some(PROBABILITY),
-        entropy=some(st.integers(0, 8).map(lambda n: n / 16)),
+        block=(0, int(rows[-1]) + 1),
+        block_step=1,
+        block_masks=count,
         rows=rows,
+        ranking=some(PROBABILITY),
+        confidence=confidence,
+        second=np.minimum(confidence, 1 - confidence),
+        entropy=some(st.integers(0, 8).map(lambda n: n / 16)),
+        decided=np.zeros(0, np.int64),
+        decided_confidence=np.zeros(0),
     )
 
 
@@ -59,14 +66,14 @@ def by_value(values: np.ndarray) -> list[int]:
 # -- formulas, written with plain loops
 @given(states())
 def test_quota_takes_the_best_ranked_rows(state: TransferState) -> None:
-    assert Quota().choose(state).tolist() == by_value(state.ranking)[: state.quota]
+    assert Quota().choose(state).commit.tolist() == by_value(state.ranking)[: state.quota]
 
 
 @given(states(), PROBABILITY)
 def test_threshold_takes_every_sure_row_and_always_the_surest(state: TransferState, tau: float) -> None:
     order = by_value(state.confidence)
     expected = {place for place in order if state.confidence[place] >= tau} | {order[0]}
-    chosen = Threshold(threshold=tau).choose(state).tolist()
+    chosen = Threshold(threshold=tau).choose(state).commit.tolist()
     assert (set(chosen), len(chosen)) == (expected, len(expected))
 
 
@@ -77,7 +84,7 @@ def test_factor_takes_the_largest_count_whose_doubt_is_below_f(state: TransferSt
     for n in range(1, len(order) + 1):
         if (n + 1) * (1 - state.confidence[order[n - 1]]) < factor:
             count = max(count, n)
-    assert Factor(factor=factor).choose(state).tolist() == order[:count]
+    assert Factor(factor=factor).choose(state).commit.tolist() == order[:count]
 
 
 @given(states(), st.sampled_from([0.0, 0.1, 0.5, 100.0]))
@@ -88,7 +95,7 @@ def test_entropy_bound_takes_the_longest_prefix_within_gamma(state: TransferStat
         prefix = [state.entropy[place] for place in order[:n]]
         if sum(prefix) - max(prefix) <= gamma:
             count = max(count, n)
-    assert EntropyBound(gamma=gamma).choose(state).tolist() == order[:count]
+    assert EntropyBound(gamma=gamma).choose(state).commit.tolist() == order[:count]
 
 
 @given(states(), PROBABILITY, PROBABILITY)
@@ -104,15 +111,15 @@ def test_hierarchy_takes_the_best_of_every_run(state: TransferState, one: float,
         if place is not None:
             expected |= {place} if state.confidence[place] > high else set()
             run.append(place)
-    chosen = Hierarchy(low=low, high=high).choose(state).tolist()
+    chosen = Hierarchy(low=low, high=high).choose(state).commit.tolist()
     assert (set(chosen), len(chosen)) == (expected, len(expected))
 
 
 @given(states(), st.sampled_from(sorted(TRANSFERS)))
 def test_every_rule_is_pure_and_commits_at_least_one_and_each_row_once(state: TransferState, name: str) -> None:
     rule: Transfer = TRANSFERS[name]()
-    chosen = rule.choose(state)
-    assert np.array_equal(rule.choose(state), chosen)
+    chosen = rule.choose(state).commit
+    assert np.array_equal(rule.choose(state).commit, chosen)
     assert len(chosen) >= (min(state.quota, 1) if rule.keeps_schedule else 1)
     assert len(set(chosen.tolist())) == len(chosen) <= len(state.rows)
     assert set(chosen.tolist()) <= set(range(len(state.rows)))
@@ -159,12 +166,18 @@ def slow_generation(
             entropy = -(probability * probability.clamp(min=1e-300).log()).sum(-1)
             state = TransferState(
                 quota=1,
+                block=(start - len(prompt), start - len(prompt) + block),
+                block_step=steps,
+                block_masks=block,
+                rows=np.array(places) - len(prompt),
                 ranking=confidence.numpy(),
                 confidence=confidence.numpy(),
+                second=probability.topk(2).values[:, 1].numpy(),
                 entropy=entropy.numpy(),
-                rows=np.array(places) - len(prompt),
+                decided=np.zeros(0, np.int64),
+                decided_confidence=np.zeros(0),
             )
-            for chosen in rule.choose(state).tolist():
+            for chosen in rule.choose(state).commit.tolist():
                 canvas[0, places[chosen]] = tokens[chosen]
     return canvas[0, len(prompt) :].tolist(), steps
 
@@ -228,9 +241,3 @@ def test_committed_tokens_never_change(open_model: OpenModel) -> None:
         assert np.array_equal(frame.tokens[~frame.committed], before[~frame.committed])
         assert (before[frame.committed] == MASK).all()
         before = frame.tokens
-
-
-def test_steps_with_a_rule_that_keeps_no_schedule_are_refused(open_model: OpenModel) -> None:
-    lm, options = open_model("onnxruntime"), GenerationOptions(gen_length=12, steps=6)
-    with pytest.raises(UsageError, match="--steps has no effect with --transfer threshold"):
-        lm.run(lm.continuation(PROMPTS, options), options, NoCache(), Threshold())

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dllm_export.errors import UsageError
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
+from dllm_export.runtime.policies import POLICIES
 from dllm_export.runtime.transfers import TRANSFERS
 from dllm_export.tools import cli
 from dllm_export.tools.evaluate import wilson_interval
@@ -48,7 +49,7 @@ def test_every_pair_answers_the_same_worksheets(evaluate: Evaluate) -> None:
     result = evaluate(*SMALL, "--json")
     assert result.exit_code == 0, result.output
     outcomes = outcomes_of(result.stdout)
-    assert outcomes.keys() == {(policy, rule) for policy in ("none", "dllm-cache") for rule in TRANSFERS}
+    assert outcomes.keys() == {(policy, rule) for policy in POLICIES for rule in TRANSFERS}
     quota = outcomes["none", "quota"]
     assert (quota["asked"], quota["tokens"], quota["passes"]) == (12, 96, 96)
     for outcome in outcomes.values():

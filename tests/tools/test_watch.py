@@ -175,3 +175,8 @@ def test_a_stream_without_unicode_gets_ascii(tokenizer: Tokenizer, tmp_path: Pat
     ):
         shown.show(make_frame("\xe9?"))
     assert "._" in (tmp_path / "log").read_text(encoding="ascii")
+
+
+def test_a_row_that_was_masked_again_shows_as_masked(canvas: Canvas) -> None:
+    frame = make_frame("a?", committed=[0, 1])
+    assert canvas.states(frame, frame.committed[0]) == ["committed", "masked"]

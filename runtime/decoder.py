@@ -1,0 +1,162 @@
+"""The second half of a step: hidden rows -> candidates -> what the decoding rule commits to the canvas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.errors import OverflowedError, UsageError
+from dllm_export.graphs.families import SpecialTokens
+from dllm_export.runtime.clock import Clock
+from dllm_export.runtime.head import Candidates, Head, bucket
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.request import Request
+from dllm_export.runtime.sampler import Proposal, propose, rank, share
+from dllm_export.runtime.session import Buffer
+from dllm_export.runtime.transfers.contract import choose_rows
+from dllm_export.runtime.transfers.transfer import Transfer, TransferState
+
+
+class Decoder:
+    """The canvas of one request, and what is decided on it step by step."""
+
+    def __init__(
+        self,
+        head: Head,
+        special: SpecialTokens,
+        request: Request,
+        options: GenerationOptions,
+        transfer: Transfer,
+        clock: Clock,
+    ) -> None:
+        check_options(options, transfer)
+        self._head, self._special, self._request = head, special, request
+        self._options, self._transfer, self._clock = options, transfer, clock
+        batch = request.shape.batch
+        self.canvas: NDArray[np.int32] = request.canvas.copy()
+        self.confidence = np.full((batch, request.shape.response_rows), np.nan)  # of the rows decided so far
+        self._asked = self.masked(request.shape.response_rows)
+        self._rngs = [np.random.default_rng(options.seed + row) for row in range(batch)]
+        self._memories: list[Any] = [None] * batch
+        self._block_masks = np.zeros(batch, np.int64)
+        # The mask token is never a proposal: committed, it would leave a hole (docs/decisions.md).
+        self._banned = frozenset({special.mask, *((special.eos,) if options.logits_eos_inf else ())})
+        self._ranked_last = special.ends if options.confidence_eos_eot_inf else frozenset[int]()
+
+    @property
+    def response(self) -> NDArray[np.int32]:
+        """View of the response rows of the canvas [B, R]."""
+        return self.canvas[:, self._request.shape.prompt_rows :]
+
+    def masked(self, end: int) -> NDArray[np.bool_]:
+        """Undecided response rows before row `end` [B, R]."""
+        masked: NDArray[np.bool_] = np.equal(self.response, self._special.mask)
+        masked[:, end:] = False
+        return masked
+
+    def decide(self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Commit what the rule chooses among the block's masked rows; returns which rows became decided [B, R]."""
+        length = self._request.schedule.block_length
+        span = block * length, (block + 1) * length
+        masked = self.masked(span[1])
+        committed = np.zeros(masked.shape, np.bool_)
+        counts = masked.sum(1)
+        if block_step == 1:
+            self._block_masks = counts
+        if not counts.any():
+            return committed
+        index = np.zeros((len(counts), bucket(int(counts.max()), length)), np.int32)
+        rows = [np.flatnonzero(mask) for mask in masked]
+        for sequence, places in enumerate(rows):
+            index[sequence, : len(places)] = places
+        candidates = self._candidates(hidden, index, self._banned)
+        last = self._ranked_last
+        ranked = self._candidates(hidden, index, self._banned | last) if last else candidates
+        for sequence, places in enumerate(rows):
+            rng = self._rngs[sequence]
+            proposal = propose(
+                candidates,
+                sequence,
+                len(places),
+                temperature=self._options.temperature,
+                rng=rng,
+                ranking_logsumexp=ranked.logsumexp,
+                ranked_last=last,
+            )
+            if not len(places):
+                continue
+            ranking = rank(self._options.remasking, ranked, sequence, proposal, rng=rng, ranked_last=last)
+            decided = self._decided(sequence, span)
+            state = TransferState(
+                quota=int(quota[sequence]),
+                block=span,
+                block_step=block_step,
+                block_masks=int(self._block_masks[sequence]),
+                rows=places,
+                ranking=ranking,
+                confidence=proposal.confidence,
+                second=share(candidates, sequence, len(places), 1),
+                entropy=candidates.entropy[sequence, : len(places)].astype(np.float64),
+                decided=decided,
+                decided_confidence=self.confidence[sequence, decided],
+                memory=self._memories[sequence],
+            )
+            committed[sequence] = self._commit(sequence, state, proposal)
+        return committed | self._fill_after_end() if self._options.early_stop else committed
+
+    def _commit(self, sequence: int, state: TransferState, proposal: Proposal) -> NDArray[np.bool_]:
+        """Write the rule's choice to the canvas; which rows it committed [R]."""
+        choice = choose_rows(self._transfer, state)
+        self._memories[sequence] = choice.memory
+        places = state.rows[choice.commit]
+        self.response[sequence, places] = proposal.tokens[choice.commit]
+        self.confidence[sequence, places] = proposal.confidence[choice.commit]
+        again = state.decided[choice.remask]
+        self.response[sequence, again] = self._special.mask
+        self.confidence[sequence, again] = np.nan
+        committed = np.zeros(self.response.shape[1], np.bool_)
+        committed[places] = True
+        return committed
+
+    def _decided(self, sequence: int, span: tuple[int, int]) -> NDArray[np.int64]:
+        """Rows of the block that were decided here; given text is none of them."""
+        start, end = span
+        decided = self._asked[sequence, start:end] & (self.response[sequence, start:end] != self._special.mask)
+        return start + np.flatnonzero(decided)
+
+    def _fill_after_end(self) -> NDArray[np.bool_]:
+        """Every masked row behind an end of text becomes one too, without a confidence; returns which did [B, R]."""
+        ended = np.logical_or.accumulate(np.isin(self.response, list(self._special.ends)), axis=1)
+        filled: NDArray[np.bool_] = ended & (self.response == self._special.mask)
+        self.response[filled] = self._special.eos
+        return filled
+
+    def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
+        guided = self._options.cfg_scale > 0
+        self._clock.time(self._head.prepare(hidden, index, banned, guided=guided))
+        candidates = self._clock.time(lambda: self._head.read(index.shape[1]))
+        if not np.isfinite(candidates.logsumexp).all():
+            raise OverflowedError(
+                "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
+            )
+        return candidates
+
+
+def check_options(options: GenerationOptions, transfer: Transfer) -> None:
+    """Refuse options that this rule would ignore or break."""
+    if options.steps is not None and not transfer.keeps_schedule:
+        raise UsageError(
+            f"--steps has no effect with --transfer {transfer.name}, which commits as many tokens in a step as it "
+            f"trusts: leave it out"
+        )
+    if options.remasking != "low_confidence" and not transfer.ranks:
+        raise UsageError(
+            f"--remasking {options.remasking} has no effect with --transfer {transfer.name}, which goes by its own formula: "
+            f"leave it out, or take --transfer quota"
+        )
+    if options.early_stop and transfer.remasks:
+        raise UsageError(
+            f"--early-stop does not go with --transfer {transfer.name}, which may mask an end of text again: leave it out"
+        )

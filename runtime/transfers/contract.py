@@ -1,0 +1,60 @@
+"""A choice against the state that it was made for: what a decoding rule, perhaps somebody else's, must keep to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dllm_export.errors import StrategyError
+from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
+
+
+def choose_rows(rule: Transfer, state: TransferState) -> Choice:
+    """The rule's choice for this state, checked; StrategyError names the rule that failed and how."""
+    for name in state.__dataclass_fields__:
+        if isinstance(value := getattr(state, name), np.ndarray):
+            value.setflags(write=False)
+    try:
+        choice = rule.choose(state)
+    except Exception as error:
+        raise StrategyError(
+            f"the decoding rule '{rule.name}' failed in step {state.block_step} of a block with "
+            f"{type(error).__name__}: {error}; use another --transfer, or report it to the rule's author"
+        ) from error
+    fault = find_fault(rule, choice, state)
+    if fault:
+        raise StrategyError(
+            f"the decoding rule '{rule.name}' made a wrong choice in step {state.block_step} of a block: {fault}"
+        )
+    return choice
+
+
+def find_fault(rule: Transfer, choice: Choice, state: TransferState) -> str | None:
+    """What is wrong with a choice, or None."""
+    if not isinstance(choice, Choice):
+        return f"it returned a {type(choice).__name__}, expected a Choice"
+    masked, decided = len(state.rows), len(state.decided)
+    fault = _find_index_fault("commits", choice.commit, masked, "candidates")
+    fault = fault or _find_index_fault("remasks", choice.remask, decided, "decided rows")
+    if fault:
+        return fault
+    due = min(state.quota, masked) if rule.keeps_schedule else 1
+    if len(choice.commit) < due:
+        return f"it commits {len(choice.commit)} rows, expected at least {due} of {masked}"
+    if len(choice.remask) and (not rule.remasks or rule.keeps_schedule):
+        return "it masks decided rows again, which takes 'remasks = True' and no schedule"
+    left, most = masked - len(choice.commit) + len(choice.remask), state.block_masks - state.block_step
+    if len(choice.remask) and left > most:
+        return (
+            f"it leaves {left} rows masked, expected at most {most}: one fewer than at the block's start for each step"
+        )
+    return None
+
+
+def _find_index_fault(what: str, index: object, count: int, noun: str) -> str | None:
+    if not isinstance(index, np.ndarray) or index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+        return f"its {what} are {index!r}, expected an array of indices into the {noun}"
+    if len(index) and not (index.min() >= 0 and index.max() < count):
+        return f"its {what} reach from {index.min()} to {index.max()}, expected indices into the {count} {noun}"
+    if len(np.unique(index)) != len(index):
+        return f"its {what} name a row twice: {index.tolist()}"
+    return None
