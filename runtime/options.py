@@ -41,10 +41,7 @@ class GenerationOptions:
     seed: int = option(0, "sequence i of a batch draws from seed + i")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "gen_length", "block_length", "cfg_interval"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{flag(name)} is {value}, expected at least 1")
+        require_at_least(self, 1, "steps", "gen_length", "block_length", "cfg_interval")
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
@@ -53,6 +50,14 @@ class GenerationOptions:
             raise UsageError(f"--seed is {self.seed}, expected 0 or more")
         if self.remasking not in get_args(Remasking):
             raise UsageError(f"--remasking is {self.remasking!r}, expected one of: {', '.join(get_args(Remasking))}")
+
+
+def require_at_least(options: object, least: int, *names: str) -> None:
+    """Refuse fields below a number by the names of their flags; None stands for a default."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"{flag(name)} is {value}, expected at least {least}")
 
 
 def flag(name: str) -> str:

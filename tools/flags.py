@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -127,7 +127,7 @@ def choice_flags(choice: Choice) -> Decorator[Any]:
         for name, names in reversed(owners.items()):
             kind = choice.kinds[names[0]]
             field = next(field for field in fields(kind) if field.name == name)
-            note = f"[{', '.join(names)}; default: {_show(field.default, field.name)}]"
+            note = f"[{', '.join(names)}; default: {_show_defaults(choice.kinds, names, field.name)}]"
             decorated = make_flag(field, get_type_hints(kind)[name], choice.section, None, note)(decorated)
         option = click.option(
             flag(choice.parameter),
@@ -226,6 +226,12 @@ def _parameter_type(field: Field[Any], kind: object) -> click.ParamType[Any]:
         return click.Choice(choices)
     assert isinstance(kind, type)
     return TYPES[kind]
+
+
+def _show_defaults(kinds: Mapping[str, type[Any]], names: Sequence[str], field: str) -> str:
+    """The default that these kinds share, or each one's own, in the order of the names."""
+    shown = [_show(own.default, field) for name in names for own in fields(kinds[name]) if own.name == field]
+    return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
 
 
 def _show(default: object, name: str) -> str:

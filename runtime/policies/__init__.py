@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dllm_export.runtime.options import find_strategy
 from dllm_export.runtime.policies.dllm_cache import DllmCache
 from dllm_export.runtime.policies.dual import DualCache
+from dllm_export.runtime.policies.freecache import FreeCache
 from dllm_export.runtime.policies.none import NoCache
 from dllm_export.runtime.policies.policy import CachePolicy, LayerPlan, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.prefix import PrefixCache
+from dllm_export.runtime.policies.window import WindowCache
 
-POLICIES: Mapping[str, type[CachePolicy]] = {policy.name: policy for policy in (NoCache, DllmCache, DualCache)}
+POLICIES: Mapping[str, type[CachePolicy]] = {
+    policy.name: policy for policy in (NoCache, DllmCache, PrefixCache, DualCache, FreeCache, WindowCache)
+}
 
 
 def find_policy(name: str) -> type[CachePolicy]:
@@ -23,10 +28,13 @@ __all__ = [
     "CachePolicy",
     "DllmCache",
     "DualCache",
+    "FreeCache",
     "LayerPlan",
     "NoCache",
+    "PrefixCache",
     "Rows",
     "StepPlan",
     "StepState",
+    "WindowCache",
     "find_policy",
 ]

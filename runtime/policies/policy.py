@@ -12,6 +12,9 @@ LayerGraph = Literal["layer_full", "layer_partial", "layer_adaptive", "layer_ski
 Alive = Literal["sequence", "response", "rows"]
 StepKind = Literal["full", "refresh_prompt", "refresh_response", "partial"]
 
+REFRESH_INTERVAL = "steps of a block from one full pass to the next; 0: only its first step is one"
+"""Help text of `refresh_interval`, which means the same in every policy that has it (StepState.is_refresh)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepState:
@@ -46,6 +49,10 @@ class StepState:
             masked=masked,
             masked_before=masked,
         )
+
+    def is_refresh(self, interval: int) -> bool:
+        """Whether this is the first step of its block, or one that comes every `interval` steps (0: none) after it."""
+        return self.block_step == 1 or (interval > 0 and (self.block_step - 1) % interval == 0)
 
     @property
     def batch(self) -> int:

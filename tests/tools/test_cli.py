@@ -20,6 +20,7 @@ import torch
 from dllm_export import __version__
 from dllm_export.errors import DllmExportError, IncompatibleError, IntegrityError, MismatchError, ResourceError
 from dllm_export.exporter.verify import Check, Report
+from dllm_export.runtime.policies import POLICIES
 from dllm_export.runtime.session import CaptureReport, SessionOptions, SessionReport
 from dllm_export.tools import cli, doctor, inspect_bundle
 from dllm_export.tools.demo_checkpoint import END, save_checkpoint
@@ -284,8 +285,18 @@ def test_a_bundle_without_tokenizer_takes_and_gives_ids(invoke: Invoke, byte_mod
     assert "no tokenizer" in invoke("generate", tmp_path / "ids", "--prompt", "a").err
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_generates(name: str, generate: Invoke) -> None:
+    result = generate("--prompt", "abc", "--prompt", "ab", "--block-length", 8, "--policy", name, "--json")
+    assert result.code == 0, result.err
+    for one in result.json:
+        assert one["settings"]["policy"]["name"] == name
+        assert (len(one["tokens"]), sum(one["steps_by_kind"].values())) == (16, 16)
+
+
 # -- every flag of generate
 CACHED = "--policy dllm-cache"
+BLOCKS = "--block-length 4 --policy"
 EFFECTS = {
     # flag: (command line without it, with it, what differs in the JSON)
     "--steps": ("", "--steps 8", "passes"),
@@ -304,6 +315,9 @@ EFFECTS = {
     "--response-interval": (CACHED, f"{CACHED} --response-interval 2", "steps_by_kind"),
     "--update-ratio": (CACHED, f"{CACHED} --update-ratio 0.75", "confidence"),
     "--first-layer-rule": (CACHED, f"{CACHED} --no-first-layer-rule", "confidence"),
+    "--before": (f"{BLOCKS} window --after 0", f"{BLOCKS} window --after 0 --before 0", "confidence"),
+    "--after": (f"{BLOCKS} window --before 0", f"{BLOCKS} window --before 0 --after 0", "confidence"),
+    "--refresh-interval": (f"{BLOCKS} window", f"{BLOCKS} window --refresh-interval 2", "steps_by_kind"),
     "--transfer": ("", "--transfer hierarchy", "passes"),
     "--threshold": ("--transfer threshold", "--transfer threshold --threshold 0.05", "passes"),
     "--factor": ("--transfer factor", "--transfer factor --factor 20", "passes"),
@@ -339,8 +353,9 @@ WRONG = {
     "--prompt a --transfer treshold": "there are: quota, threshold, factor, entropy-bound, hierarchy; did you mean threshold?",
     "--prompt a --threshold 0.5": "--threshold is no option of the decoding rule 'quota', it belongs to: threshold",
     "--prompt a --transfer threshold --steps 4": "--steps has no effect with --transfer threshold",
-    "--prompt a --policy dlm-cache": "there are: none, dllm-cache, dual; did you mean dllm-cache?",
+    "--prompt a --policy dlm-cache": f"there are: {', '.join(POLICIES)}; did you mean dllm-cache?",
     "--prompt a --update-ratio 0.5": "--update-ratio is no option of the cache policy 'none', it belongs to: dllm-cache",
+    "--prompt a --policy window --before -1": "--before is -1, expected at least 0",
     "--prompt a --policy dllm-cache --update-ratio 2": "--update-ratio is 2.0, expected a share from 0 to 1",
     "--prompt a --block-length 3": "--gen-length 16 is not divisible by --block-length 3",
     "--prompt a --steps 0": "--steps is 0, expected at least 1",

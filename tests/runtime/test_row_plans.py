@@ -1,0 +1,187 @@
+"""Policies that recompute chosen rows, as plans: pure, within their bounds, and equal to one another where they must be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_export.errors import UsageError
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import (
+    CachePolicy,
+    DualCache,
+    FreeCache,
+    NoCache,
+    PrefixCache,
+    StepPlan,
+    StepState,
+    WindowCache,
+    find_policy,
+)
+from dllm_export.runtime.policies.contract import find_fault
+from dllm_export.runtime.transfers import Quota, Threshold, Transfer
+
+OpenModel = Callable[[str], DiffusionLM]
+SMALL = st.integers(0, 9)
+
+POLICIES: dict[str, st.SearchStrategy[Any]] = {
+    "prefix": st.just(PrefixCache()),
+    "dual": st.just(DualCache()),
+    "freecache": st.just(FreeCache()),
+    "window": st.builds(WindowCache, before=SMALL, after=SMALL, refresh_interval=SMALL),
+}
+
+
+SMALL_SETTINGS: dict[str, CachePolicy] = {"window": WindowCache(before=2, after=1)}
+"""Where the default settings would recompute everything in a short sequence."""
+
+
+def most_rows(policy: Any, state: StepState) -> int:
+    """The rows that a policy declares for a step that is not full (docs/policies.md)."""
+    block = state.block[1] - state.block[0]
+    declared = {
+        "prefix": state.length - state.block[0],
+        "dual": block,
+        "freecache": state.length - state.block[0],
+        "window": min(state.length, block + getattr(policy, "before", 0) + getattr(policy, "after", 0)),
+    }
+    return declared[policy.name]
+
+
+@st.composite
+def states(draw: st.DrawFn) -> StepState:
+    """A state that can come up: blocks before the current one are decided, and nothing decided was masked later."""
+    batch, block, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 4))
+    prompt, rows, number = draw(st.integers(0, 12)), block * blocks, draw(st.integers(0, blocks - 1))
+    first = StepState.first(layers=draw(st.integers(1, 4)), prompt_rows=prompt, response_rows=rows, batch=batch)
+    before = np.array(draw(st.lists(st.booleans(), min_size=batch * rows, max_size=batch * rows))).reshape(batch, rows)
+    before[:, : number * block] = False
+    decided = np.array(draw(st.lists(st.booleans(), min_size=batch * rows, max_size=batch * rows)))
+    decided = decided.reshape(batch, rows)
+    decided[:, (number + 1) * block :] = False
+    inner = draw(st.integers(1, 9))
+    return replace(
+        first,
+        step=inner + (draw(st.integers(number, 30)) if number else 0),
+        block_step=inner,
+        block=(prompt + number * block, prompt + (number + 1) * block),
+        masked=before & ~decided,
+        masked_before=before,
+    )
+
+
+every_policy = pytest.mark.parametrize("name", POLICIES)
+
+
+@every_policy
+@given(data=st.data(), state=states())
+def test_a_plan_depends_on_nothing_but_settings_and_state(name: str, data: st.DataObject, state: StepState) -> None:
+    policy = data.draw(POLICIES[name])
+    plan = policy.plan(state)
+    policy.plan(replace(state, step=state.step + 1, block_step=state.block_step + 1))
+    again = replace(policy).plan(replace(state, masked=state.masked.copy(), masked_before=state.masked_before.copy()))
+    assert (plan, hash(plan)) == (again, hash(again))
+
+
+@every_policy
+@given(data=st.data(), state=states())
+def test_every_plan_keeps_to_the_contract_and_to_the_declared_rows(
+    name: str, data: st.DataObject, state: StepState
+) -> None:
+    policy = data.draw(POLICIES[name])
+    plan = policy.plan(state)
+    assert find_fault(plan, state) is None
+    if plan.rows is not None:
+        assert plan.rows.count <= most_rows(policy, state)
+    if state.step == 1:
+        assert plan == StepPlan.refresh(state, keep_delta=False)
+
+
+@every_policy
+def test_a_generation_recomputes_no_more_rows_than_declared(name: str, open_model: OpenModel) -> None:
+    lm, policy = open_model("onnxruntime"), SMALL_SETTINGS.get(name, find_policy(name)())
+    transfers: list[Transfer] = [Quota(), Threshold(threshold=0.3)]
+    for transfer in transfers:
+        options = GenerationOptions(gen_length=16, block_length=8)
+        request = lm.continuation([[3, 1, 4, 1, 5], [9, 2, 6]], options)
+        for frame in lm.stream(request, options, policy, transfer, watch=True):
+            assert frame.recomputed is not None
+            start = 5 + 8 * frame.block
+            state = replace(
+                StepState.first(layers=5, prompt_rows=5, response_rows=16, batch=2), block=(start, start + 8)
+            )
+            most = 16 if frame.kind == "full" else most_rows(policy, state)
+            assert (frame.recomputed.sum(1) <= most).all()
+
+
+# -- equalities
+SHAPE = replace(StepState.first(layers=2, prompt_rows=9, response_rows=24), step=2, block_step=2)
+
+
+@given(st.integers(0, 3), SMALL, SMALL)
+def test_a_window_has_its_rows_at_the_ends_of_the_sequence_too(block: int, before: int, after: int) -> None:
+    state = replace(SHAPE, block=(9 + 6 * block, 15 + 6 * block))
+    plan = WindowCache(before=before, after=after).plan(state)
+    assert plan.rows is not None
+    (rows,) = plan.rows.positions
+    assert len(rows) == min(33, 6 + before + after)
+    assert set(range(*state.block)) <= set(rows)
+    assert list(rows) == list(range(rows[0], rows[0] + len(rows)))
+    if state.block[0] >= before and state.block[1] + after <= 33:
+        assert (rows[0], rows[-1] + 1) == (state.block[0] - before, state.block[1] + after)
+
+
+@given(states())
+def test_policies_that_must_be_equal_are(state: StepState) -> None:
+    assert WindowCache(before=0, after=0).plan(state) == DualCache().plan(state)
+    if state.block[1] == state.length:
+        assert PrefixCache().plan(state) == DualCache().plan(state)
+    if state.step == state.block_step:
+        assert FreeCache().plan(state) == PrefixCache().plan(state)
+    assert WindowCache(refresh_interval=1).plan(state) == NoCache().plan(state)
+
+
+REFRESHED: dict[str, tuple[CachePolicy, dict[str, Any]]] = {
+    "prefix, a block a token": (PrefixCache(), {"block_length": 1}),
+    "dual, a block a token": (DualCache(), {"block_length": 1}),
+    "window over everything": (WindowCache(before=99, after=99), {"block_length": 4}),
+    "window, full passes": (WindowCache(before=0, after=0, refresh_interval=1), {"block_length": 4}),
+}
+
+
+@pytest.mark.parametrize("case", REFRESHED)
+@pytest.mark.parametrize("guidance", [0.0, 0.7])
+def test_told_to_refresh_everything_a_policy_equals_no_cache(case: str, guidance: float, open_model: OpenModel) -> None:
+    lm, (policy, keywords) = open_model("float64"), REFRESHED[case]
+    options = GenerationOptions(gen_length=12, cfg_scale=guidance, **keywords)
+    request = lm.continuation([[3, 1, 4, 1, 5, 9], [2, 6, 5]], options)
+    found, expected = (lm.run(request, options, each) for each in (policy, NoCache()))
+    assert [result.tokens for result in found] == [result.tokens for result in expected]
+
+
+def test_freecache_equals_no_cache_where_nothing_is_given(open_model: OpenModel) -> None:
+    lm, text, options = open_model("float64"), [96] * 9, GenerationOptions()
+    found, expected = (lm.run(lm.infilling([text], options), options, each)[0] for each in (FreeCache(), NoCache()))
+    assert found.tokens == expected.tokens
+
+
+# -- settings
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: WindowCache(before=-1), "--before is -1, expected at least 0"),
+        (lambda: WindowCache(after=-2), "--after is -2, expected at least 0"),
+        (lambda: WindowCache(refresh_interval=-1), "--refresh-interval is -1, expected at least 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_the_name_of_its_flag(make: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        make()
