@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+import types
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
 
 from dllm_export.errors import UsageError
 from dllm_export.graphs.families import Remasking
 
-Kind = TypeVar("Kind")
+OPTION_TYPES: tuple[type, ...] = (int, float, str, bool, Path)
+"""Types that an option can have, beside a Literal of texts; each may also be None."""
+
+COMMAND_FLAGS = frozenset(
+    {
+        *("prompt", "prompt_file", "infill", "prompt_ids", "chat", "policy", "transfer"),
+        *("bundle", "graph", "output", "layer", "step", "watch", "report", "json", "as_json", "debug", "help"),
+    }
+)
+"""Flags and arguments of the commands that generate which are no option of a dataclass: no option can be called so."""
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -65,10 +74,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def find_strategy(kinds: Mapping[str, Kind], name: str, noun: str) -> Kind:
-    """The policy or rule of this name, or an error that lists the names."""
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"no {noun} is called {name!r}; there are: {', '.join(kinds)}{hint}")
-    return kinds[name]
+def plain_type(hint: object) -> object:
+    """The hint without `None`: `int | None` -> int."""
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        return members[0] if len(members) == 1 else hint
+    return hint

@@ -7,18 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from dllm_export.graphs import ModelShape, TensorSpec, graph_specs
 from dllm_export.runtime.manifest import Manifest
-from dllm_export.runtime.model import DiffusionLM
-from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import NoCache
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = "docs/measurements/cpu-2-core.json"
@@ -86,17 +81,6 @@ def frontier_table() -> str:
 
 def test_the_frontier_equals_the_measurement() -> None:
     assert section("docs/policies.md", "frontier") == frontier_table()
-
-
-def test_the_documented_rule_runs(open_model: Callable[[str], DiffusionLM]) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/policies.md").read_text(), re.DOTALL)
-    assert code
-    names: dict[str, Any] = {}
-    exec(code.group(1), names)
-    lm, options = open_model("onnxruntime"), GenerationOptions(gen_length=8)
-    request = lm.continuation([[1, 2, 3]], options)
-    frames = list(lm.stream(request, options, NoCache(), names["LeftToRight"]()))
-    assert [frame.committed[0].nonzero()[0].tolist() for frame in frames] == [[row] for row in range(8)]
 
 
 def test_the_graph_table_equals_the_catalog(llada_8b: ModelShape) -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dllm_export.errors import DllmExportError, IncompatibleError
 from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.plugins import Plugin, find_installed
 from dllm_export.runtime.session import GraphCall, SessionOptions, open_session
 from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour, find_library
 from dllm_export.tools.flags import Command, shared_flags
@@ -50,12 +51,14 @@ def command(bundle: Path | None, as_json: bool) -> None:
     opened, failure = try_bundle(bundle)
     machine = inspect_machine(opened.path if opened else Path())
     findings = [probe(provider, device, opened) for provider, device in combinations()]
+    plugins = find_installed().plugins
     if as_json:
         state = {"path": bundle, "opens": failure is None, "detail": str(failure or "")} if bundle else None
-        print_json({"machine": machine, "providers": findings, "bundle": state})
+        print_json({"machine": machine, "providers": findings, "plugins": plugins, "bundle": state})
     else:
         print_machine(machine)
         print_findings(findings)
+        print_plugins(plugins)
     if failure is not None:
         raise failure
     if not any(finding.works for finding in findings):
@@ -194,6 +197,18 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for finding in findings:
         mark = Text("ok", "green") if finding.works else Text("no", "red")
         table.add_row(finding.provider, finding.device, mark, finding.detail)
+    print_table(table)
+
+
+def print_plugins(plugins: Sequence[Plugin]) -> None:
+    """One line per cache policy or decoding rule that a package brings; nothing where none does."""
+    if not plugins:
+        return
+    table = make_table("plug-in", "what", "package", "works", "detail")
+    for plugin in plugins:
+        mark = Text("no", "red") if plugin.fault else Text("ok", "green")
+        table.add_row(plugin.name, plugin.noun, plugin.package, mark, plugin.fault or "")
+    click.echo()
     print_table(table)
 
 

@@ -24,7 +24,7 @@ from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy
 from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.runtime.transfers import Transfer
-from dllm_export.tools.flags import POLICY, TRANSFER, Command, Flag, choice_flags, from_fields, shared_flags
+from dllm_export.tools.flags import Command, Flag, from_fields, shared_flags, strategy_flags
 from dllm_export.tools.output import format_bytes, on_terminal, plural, print_json, print_note, print_pairs
 from dllm_export.tools.prompts import collect_prompts, make_request, prompt_flags
 
@@ -67,8 +67,7 @@ CALLED_WITH: Mapping[str, str] = {
 )
 @prompt_flags
 @from_fields(GenerationOptions, "options", "Generation")
-@choice_flags(POLICY)
-@choice_flags(TRANSFER)
+@strategy_flags
 @from_fields(SessionOptions, "session", "Provider")
 @shared_flags
 def command(

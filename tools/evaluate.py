@@ -14,10 +14,11 @@ import click
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.model import DiffusionLM
-from dllm_export.runtime.options import GenerationOptions, find_strategy, option
-from dllm_export.runtime.policies import POLICIES, CachePolicy
+from dllm_export.runtime.options import GenerationOptions, option
+from dllm_export.runtime.plugins import find_installed
+from dllm_export.runtime.policies import CachePolicy
 from dllm_export.runtime.session import SessionOptions
-from dllm_export.runtime.transfers import TRANSFERS, Transfer
+from dllm_export.runtime.transfers import Transfer
 from dllm_export.tools.flags import Command, describe, from_fields, report_flag, shared_flags
 from dllm_export.tools.generate_text import count_tokens
 from dllm_export.tools.output import encode_json, make_table, print_json, print_table, show_progress, write_report
@@ -98,8 +99,9 @@ def command(
     Every policy runs with every rule, each at its default settings, on the same tasks, one at a time. With --report the
     outcome of each pair is written as soon as it is known, and pairs that are in the file already are not run again.
     """
-    policies = [find_strategy(POLICIES, name, "cache policy")() for name in split_names(options.policies, POLICIES)]
-    rules = [find_strategy(TRANSFERS, name, "decoding rule")() for name in split_names(options.transfers, TRANSFERS)]
+    known = find_installed()
+    policies = [known.policies.find(name)() for name in split_names(options.policies, known.policies.kinds)]
+    rules = [known.transfers.find(name)() for name in split_names(options.transfers, known.transfers.kinds)]
     tasks = load_tasks(options)
     with DiffusionLM.from_pretrained(bundle, session) as lm:
         settings = describe_evaluation(lm, options, session)

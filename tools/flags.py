@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
 from dllm_export.errors import UsageError
-from dllm_export.runtime.options import find_strategy, flag
-from dllm_export.runtime.policies import POLICIES
-from dllm_export.runtime.transfers import TRANSFERS
+from dllm_export.runtime.options import flag, plain_type
+from dllm_export.runtime.plugins import Strategies, find_installed
+from dllm_export.tools.output import print_warning
 
 Callback = TypeVar("Callback", bound=Callable[..., object])
 Decorator = Callable[[Callback], Callback]
@@ -72,50 +71,60 @@ class Choice:
     """A flag that picks one of several dataclasses by name, whose fields are flags too."""
 
     parameter: str
-    noun: str
-    kinds: Mapping[str, type[Any]]
+    strategies: Strategies[Any]
     default: str
     section: str
     help: str
 
     def make(self, name: str, values: Mapping[str, Any]) -> Any:
         """The strategy of this name with the values that were given (not None)."""
-        kind = find_strategy(self.kinds, name, self.noun)
+        kind = self.strategies.find(name)
+        if name in self.strategies.faults:
+            print_warning(self.strategies.faults[name])
         given = {field: value for field, value in values.items() if value is not None}
         for field in given:
             if field not in {own.name for own in fields(kind)}:
-                owners = [other for other, its in self.kinds.items() if field in {own.name for own in fields(its)}]
+                owners = self.owners[field]
                 raise UsageError(
-                    f"{flag(field)} is no option of the {self.noun} '{name}', it belongs to: {', '.join(owners)}; "
+                    f"{flag(field)} is no option of the {self.strategies.noun} '{name}', it belongs to: {', '.join(owners)}; "
                     f"add {flag(self.parameter)} {owners[0]} or leave it out"
                 )
         return kind(**given)
 
+    @property
+    def owners(self) -> dict[str, list[str]]:
+        """The kinds that have an option, by its name."""
+        owners: dict[str, list[str]] = {}
+        for name, kind in self.strategies.kinds.items():
+            for field in fields(kind):
+                owners.setdefault(field.name, []).append(name)
+        return owners
 
-POLICY = Choice(
-    parameter="policy",
-    noun="cache policy",
-    kinds=POLICIES,
-    default="none",
-    section="Feature cache",
-    help="which features to take from the cache",
-)
-TRANSFER = Choice(
-    parameter="transfer",
-    noun="decoding rule",
-    kinds=TRANSFERS,
-    default="quota",
-    section="Decoding rule",
-    help="which tokens a step decides; all but quota decide as many as they trust and end when all are decided",
-)
+
+def strategy_flags(command: Callable[..., object]) -> Callable[..., object]:
+    """`--policy` and `--transfer` with all their options, those of installed packages too."""
+    installed = find_installed()
+    policy = Choice(
+        parameter="policy",
+        strategies=installed.policies,
+        default="none",
+        section="Feature cache",
+        help="which features to take from the cache",
+    )
+    transfer = Choice(
+        parameter="transfer",
+        strategies=installed.transfers,
+        default="quota",
+        section="Decoding rule",
+        help="which tokens a step decides; all but quota decide as many as they trust and end when all are decided",
+    )
+    decorated: Callable[..., object] = choice_flags(policy)(choice_flags(transfer)(command))
+    return decorated
 
 
 def choice_flags(choice: Choice) -> Decorator[Any]:
     """A decorator: the choosing flag and the fields of all kinds; the command gets the chosen one as the parameter."""
-    owners: dict[str, list[str]] = {}
-    for name, kind in choice.kinds.items():
-        for field in fields(kind):
-            owners.setdefault(field.name, []).append(name)
+    owners, kinds = choice.owners, choice.strategies.kinds
 
     def decorate(command: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(command)
@@ -125,9 +134,9 @@ def choice_flags(choice: Choice) -> Decorator[Any]:
 
         decorated: Callable[..., object] = call
         for name, names in reversed(owners.items()):
-            kind = choice.kinds[names[0]]
+            kind = kinds[names[0]]
             field = next(field for field in fields(kind) if field.name == name)
-            note = f"[{', '.join(names)}; default: {_show_defaults(choice.kinds, names, field.name)}]"
+            note = f"[{', '.join(names)}; default: {_show_defaults(kinds, names, field.name)}]"
             decorated = make_flag(field, get_type_hints(kind)[name], choice.section, None, note)(decorated)
         option = click.option(
             flag(choice.parameter),
@@ -135,7 +144,7 @@ def choice_flags(choice: Choice) -> Decorator[Any]:
             section=choice.section,
             default=choice.default,
             show_default=True,
-            metavar="|".join(choice.kinds),
+            metavar="|".join(kinds),
             help=choice.help,
         )
         return option(decorated)
@@ -165,13 +174,6 @@ def make_flag(field: Field[Any], hint: object, section: str, default: object, no
         help=help_text,
         **settings,
     )
-
-
-def plain_type(hint: object) -> object:
-    """The hint without `None`: `int | None` -> int."""
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (member for member in get_args(hint) if member is not type(None))
-    return hint
 
 
 def shared_flags(command: Callable[..., object]) -> Callable[..., object]:

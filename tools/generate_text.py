@@ -19,15 +19,13 @@ from dllm_export.runtime.request import Request
 from dllm_export.runtime.session import SessionOptions, SessionReport
 from dllm_export.runtime.transfers import Quota, Transfer
 from dllm_export.tools.flags import (
-    POLICY,
-    TRANSFER,
     Command,
     Flag,
-    choice_flags,
     describe,
     from_fields,
     report_flag,
     shared_flags,
+    strategy_flags,
 )
 from dllm_export.tools.output import (
     format_bytes,
@@ -48,8 +46,7 @@ from dllm_export.tools.watch import Watch
 @click.argument("bundle", type=click.Path(path_type=Path))
 @prompt_flags
 @from_fields(GenerationOptions, "options", "Generation")
-@choice_flags(POLICY)
-@choice_flags(TRANSFER)
+@strategy_flags
 @from_fields(SessionOptions, "session", "Provider")
 @click.option("--watch", cls=Flag, section="Output", is_flag=True, help="show every step on stderr while it happens")
 @report_flag

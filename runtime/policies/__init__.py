@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dllm_export.runtime.options import find_strategy
 from dllm_export.runtime.policies.dllm_cache import DllmCache
 from dllm_export.runtime.policies.dual import DualCache
 from dllm_export.runtime.policies.freecache import FreeCache
@@ -16,12 +15,6 @@ from dllm_export.runtime.policies.window import WindowCache
 POLICIES: Mapping[str, type[CachePolicy]] = {
     policy.name: policy for policy in (NoCache, DllmCache, PrefixCache, DualCache, FreeCache, WindowCache)
 }
-
-
-def find_policy(name: str) -> type[CachePolicy]:
-    """The policy class of this name, or an error that lists the names."""
-    return find_strategy(POLICIES, name, "cache policy")
-
 
 __all__ = [
     "POLICIES",
@@ -36,5 +29,4 @@ __all__ = [
     "StepPlan",
     "StepState",
     "WindowCache",
-    "find_policy",
 ]

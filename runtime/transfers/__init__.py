@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dllm_export.runtime.options import find_strategy
 from dllm_export.runtime.transfers.entropy_bound import EntropyBound
 from dllm_export.runtime.transfers.factor import Factor
 from dllm_export.runtime.transfers.hierarchy import Hierarchy
@@ -12,16 +11,8 @@ from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.threshold import Threshold
 from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
 
-AnyTransfer = type[Quota] | type[Threshold] | type[Factor] | type[EntropyBound] | type[Hierarchy]
-TRANSFERS: Mapping[str, AnyTransfer] = {
-    transfer.name: transfer for transfer in (Quota, Threshold, Factor, EntropyBound, Hierarchy)
-}
-
-
-def find_transfer(name: str) -> AnyTransfer:
-    """The decoding rule of this name, or an error that lists the names."""
-    return find_strategy(TRANSFERS, name, "decoding rule")
-
+ALL: tuple[type[Transfer], ...] = (Quota, Threshold, Factor, EntropyBound, Hierarchy)
+TRANSFERS: Mapping[str, type[Transfer]] = {transfer.name: transfer for transfer in ALL}
 
 __all__ = [
     "TRANSFERS",
@@ -33,5 +24,4 @@ __all__ = [
     "Threshold",
     "Transfer",
     "TransferState",
-    "find_transfer",
 ]

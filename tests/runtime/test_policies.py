@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_export.errors import UsageError
-from dllm_export.runtime.policies import POLICIES, CachePolicy, DllmCache, NoCache, StepPlan, StepState, find_policy
+from dllm_export.runtime.plugins import find_policy
+from dllm_export.runtime.policies import POLICIES, CachePolicy, DllmCache, NoCache, StepPlan, StepState
 
 STATE = StepState.first(layers=6, prompt_rows=40, response_rows=24)
 SETTINGS = st.builds(
