@@ -16,7 +16,8 @@ from dllm_export.runtime.request import Request
 from dllm_export.runtime.sampler import Proposal, propose, rank, share
 from dllm_export.runtime.session import Buffer
 from dllm_export.runtime.transfers.contract import choose_rows
-from dllm_export.runtime.transfers.transfer import Transfer, TransferState
+from dllm_export.runtime.transfers.quota import Quota
+from dllm_export.runtime.transfers.transfer import Transfer, TransferState, best_first
 
 
 class Decoder:
@@ -31,7 +32,6 @@ class Decoder:
         transfer: Transfer,
         clock: Clock,
     ) -> None:
-        check_options(options, transfer)
         self._head, self._special, self._request = head, special, request
         self._options, self._transfer, self._clock = options, transfer, clock
         batch = request.shape.batch
@@ -39,6 +39,9 @@ class Decoder:
         self.confidence = np.full((batch, request.shape.response_rows), np.nan)  # of the rows decided so far
         self._asked = self.masked(request.shape.response_rows)
         self._rngs = [np.random.default_rng(options.seed + row) for row in range(batch)]
+        self._orders: list[NDArray[np.float64]] | None = (
+            None  # drawn for the coming step, one number for each candidate
+        )
         self._memories: list[Any] = [None] * batch
         self._block_masks = np.zeros(batch, np.int64)
         # The mask token is never a proposal: committed, it would leave a hole (docs/decisions.md).
@@ -55,6 +58,19 @@ class Decoder:
         masked: NDArray[np.bool_] = np.equal(self.response, self._special.mask)
         masked[:, end:] = False
         return masked
+
+    def foresee(self, block: int, quota: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Draw a random step's order before it runs; the rows [B, R] it will decide, where the order alone says so."""
+        if self._options.remasking != "random":
+            return None
+        masked = self.masked((block + 1) * self._request.schedule.block_length)
+        self._orders = [rng.random(int(row.sum())) for rng, row in zip(self._rngs, masked, strict=True)]
+        if not is_foreseen(self._options, self._transfer):
+            return None
+        upcoming = np.zeros(masked.shape, np.bool_)
+        for sequence, order in enumerate(self._orders):
+            upcoming[sequence, np.flatnonzero(masked[sequence])[best_first(order)[: quota[sequence]]]] = True
+        return upcoming
 
     def decide(self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Commit what the rule chooses among the block's masked rows; returns which rows became decided [B, R]."""
@@ -87,7 +103,8 @@ class Decoder:
             )
             if not len(places):
                 continue
-            ranking = rank(self._options.remasking, ranked, sequence, proposal, rng=rng, ranked_last=last)
+            order = self._orders[sequence] if self._orders else None
+            ranking = rank(self._options.remasking, ranked, sequence, proposal, order=order, ranked_last=last)
             decided = self._decided(sequence, span)
             state = TransferState(
                 quota=int(quota[sequence]),
@@ -142,6 +159,11 @@ class Decoder:
                 "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
             )
         return candidates
+
+
+def is_foreseen(options: GenerationOptions, transfer: Transfer) -> bool:
+    """Whether a step's order, drawn before it runs, settles which rows it decides."""
+    return options.remasking == "random" and type(transfer) is Quota
 
 
 def check_options(options: GenerationOptions, transfer: Transfer) -> None:

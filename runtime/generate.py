@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_export.errors import UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.clock import Clock
-from dllm_export.runtime.decoder import Decoder
+from dllm_export.runtime.decoder import Decoder, check_options, is_foreseen
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies.contract import make_plan
@@ -98,6 +99,7 @@ class Denoiser:
     watch: bool = False
     _decoder: Decoder = field(init=False)
     _given: NDArray[np.bool_] = field(init=False)
+    _upcoming: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step will decide
     _residual: NDArray[np.bool_] = field(init=False)  # [B, R] rows that the guidance residual was computed for
     _clock: Clock = field(init=False, default_factory=Clock)
     _passes: int = field(init=False, default=0)
@@ -105,6 +107,7 @@ class Denoiser:
     _unconditional: Passes = field(init=False, default_factory=Passes)
 
     def __post_init__(self) -> None:
+        check_strategies(self.options, self.policy, self.transfer)
         request = self.request
         self._decoder = Decoder(self.workspace.head, self.special, request, self.options, self.transfer, self._clock)
         self._residual = np.zeros((request.shape.batch, request.shape.response_rows), np.bool_)
@@ -144,6 +147,7 @@ class Denoiser:
 
     def _step(self, step: int, block: int, quota: NDArray[np.int64]) -> Frame:
         start, before = time.perf_counter(), self._clock.seconds
+        self._upcoming = self._decoder.foresee(block, quota)
         plan = self._forward(step, block)
         hidden, block_step = self.workspace.conditional.hidden, self._conditional.block_step
         committed = self._decoder.decide(hidden, block, block_step, quota)
@@ -170,12 +174,12 @@ class Denoiser:
 
     # -- run
     def _forward(self, step: int, block: int) -> StepPlan:
-        plan = self._run_trunk(self.workspace.conditional, self._conditional, self._decoder.canvas, block)
+        state, plan = self._run_trunk(self.workspace.conditional, self._conditional, self._decoder.canvas, block)
         due = (step - 1) % self.options.cfg_interval == 0 or step <= GUIDANCE_WARMUP
-        missing = self._decoder.masked((block + 1) * self.request.schedule.block_length) & ~self._residual
+        missing = state.candidates & ~self._residual
         if self._guided and (due or missing.any()):
             blank = np.where(self._given, np.int32(self.special.mask), self._decoder.canvas)
-            other = self._run_trunk(self.workspace.unconditional, self._unconditional, blank, block)
+            _, other = self._run_trunk(self.workspace.unconditional, self._unconditional, blank, block)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
             self._clock.time(self.workspace.head.prepare_guidance(*hidden))
             self._residual = self._alive(plan) & self._alive(other)
@@ -187,20 +191,24 @@ class Denoiser:
         everything = np.ones((request.batch, request.length), np.bool_)
         return (plan.rows.mask(request.length) if plan.rows else everything)[:, request.prompt_rows :]
 
-    def _run_trunk(self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int) -> StepPlan:
+    def _run_trunk(
+        self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int
+    ) -> tuple[StepState, StepPlan]:
         passes.advance(block)
-        plan = make_plan(self.policy, self._state(passes))
-        passes.masked = self._decoder.masked(self.request.shape.response_rows)
+        state = self._state(passes)
+        plan = make_plan(self.policy, state)
+        passes.masked = state.masked
         self._clock.time(trunk.prepare(plan, canvas))
         self._passes += 1
-        return plan
+        return state, plan
 
     def _state(self, passes: Passes) -> StepState:
         request, length = self.request.shape, self.request.schedule.block_length
         masked = self._decoder.masked(request.response_rows)
         before = masked if passes.masked is None else passes.masked
-        for array in (masked, before):
-            array.setflags(write=False)
+        for array in (masked, before, self._upcoming):
+            if array is not None:
+                array.setflags(write=False)
         start = request.prompt_rows + passes.block * length
         return StepState(
             step=passes.step,
@@ -211,4 +219,15 @@ class Denoiser:
             response_rows=request.response_rows,
             masked=masked,
             masked_before=before,
+            upcoming=self._upcoming,
+        )
+
+
+def check_strategies(options: GenerationOptions, policy: CachePolicy, transfer: Transfer) -> None:
+    """Refuse options, a cache policy and a decoding rule that do not go together."""
+    check_options(options, transfer)
+    if getattr(policy, "needs_upcoming", False) and not is_foreseen(options, transfer):
+        raise UsageError(
+            f"--policy {policy.name} must know which rows a step decides before the step runs, which takes --remasking "
+            f"random and --transfer quota; these are {options.remasking} and {transfer.name}"
         )

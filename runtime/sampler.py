@@ -61,17 +61,17 @@ def rank(
     sequence: int,
     proposal: Proposal,
     *,
-    rng: np.random.Generator,
+    order: NDArray[np.float64] | None = None,
     ranked_last: frozenset[int] = frozenset(),
 ) -> NDArray[np.float64]:
-    """What `--remasking` ranks the rows of a proposal by [n], larger first.
+    """What `--remasking` ranks the rows of a proposal by [n], larger first; `order` [n] is the random one, if drawn.
 
     Gap (p_1 - p_2) and entropy are Dream's orders `topk_margin` and `entropy` (arXiv 2508.15487), both of the noise-free
     distribution of `candidates`; rows that propose a `ranked_last` token come after all others.
     """
     count = len(proposal.tokens)
-    if remasking == "random":
-        return rng.random(count)
+    if order is not None:
+        return order
     if remasking == "low_confidence":
         return proposal.confidence
     if remasking == "margin":

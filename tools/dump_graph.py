@@ -19,6 +19,7 @@ from dllm_export.exporter.recording import (
     save_recording,
 )
 from dllm_export.runtime.bundle import open_bundle
+from dllm_export.runtime.generate import check_strategies
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy
@@ -92,6 +93,7 @@ def command(
     Generates as `generate` does up to the first call of GRAPH, and writes GRAPH.onnx with weights as inputs,
     inputs.json (weights too) and outputs.json for `polygraphy run`. Needs the extra `polygraphy`.
     """
+    check_strategies(options, policy, transfer)
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)
     check_folder(output)
     opened, target = open_bundle(bundle), Target(graph=graph, layer=layer, step=step)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dllm_export.errors import UsageError
+from dllm_export.runtime.generate import check_strategies
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions, option
 from dllm_export.runtime.plugins import find_installed
@@ -33,7 +35,7 @@ class EvaluateOptions:
     """Which tasks, and what to answer them with."""
 
     suite: str = option("demo", "demo: the trained model's worksheets; or a JSONL file of prompt and answer")
-    policies: str = option("all", "cache policies with a comma between, or all")
+    policies: str = option("all", "cache policies with a comma between, or all that need no random order")
     transfers: str = option("all", "decoding rules with a comma between, or all")
     sheets: int = option(40, "worksheets of the demo suite; none of them was trained on")
     problems: int = option(12, "problems on each worksheet, 6 to 16")
@@ -100,14 +102,18 @@ def command(
     outcome of each pair is written as soon as it is known, and pairs that are in the file already are not run again.
     """
     known = find_installed()
-    policies = [known.policies.find(name)() for name in split_names(options.policies, known.policies.kinds)]
+    # A policy that needs an order drawn beforehand does not go with the order by confidence that tasks are answered in.
+    every = [name for name, kind in known.policies.kinds.items() if not getattr(kind, "needs_upcoming", False)]
+    policies = [known.policies.find(name)() for name in split_names(options.policies, every)]
     rules = [known.transfers.find(name)() for name in split_names(options.transfers, known.transfers.kinds)]
+    for policy, rule in product(policies, rules):
+        check_strategies(GenerationOptions(), policy, rule)
     tasks = load_tasks(options)
     with DiffusionLM.from_pretrained(bundle, session) as lm:
         settings = describe_evaluation(lm, options, session)
         outcomes = load_outcomes(report, settings)
         done = {(outcome.policy, outcome.transfer) for outcome in outcomes}
-        pairs = [(policy, rule) for policy in policies for rule in rules if (policy.name, rule.name) not in done]
+        pairs = [pair for pair in product(policies, rules) if (pair[0].name, pair[1].name) not in done]
         with show_progress() as progress:
             for number, (policy, rule) in enumerate(pairs):
 
@@ -123,7 +129,7 @@ def command(
         print_outcomes(outcomes)
 
 
-def split_names(text: str, known: Mapping[str, Any]) -> list[str]:
+def split_names(text: str, known: Iterable[str]) -> list[str]:
     """Names with a comma between; `all` stands for every known one."""
     names = list(known) if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
     if not names:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from dllm_export import __version__
-from dllm_export.runtime.generate import Frame
+from dllm_export.runtime.generate import Frame, check_strategies
 from dllm_export.runtime.model import DiffusionLM, Generation
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy
@@ -70,6 +70,7 @@ def command(
 
     Without a prompt option the prompt is read from stdin. The text goes to stdout and nothing else does.
     """
+    check_strategies(options, policy, transfer)
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)
     with DiffusionLM.from_pretrained(bundle, session) as model:
         request = make_request(model, prompts, options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dllm_export.runtime.policies.dkv_decode import DkvDecode
+from dllm_export.runtime.policies.dkv_greedy import DkvGreedy
 from dllm_export.runtime.policies.dllm_cache import DllmCache
 from dllm_export.runtime.policies.dual import DualCache
 from dllm_export.runtime.policies.freecache import FreeCache
@@ -13,12 +15,15 @@ from dllm_export.runtime.policies.prefix import PrefixCache
 from dllm_export.runtime.policies.window import WindowCache
 
 POLICIES: Mapping[str, type[CachePolicy]] = {
-    policy.name: policy for policy in (NoCache, DllmCache, PrefixCache, DualCache, FreeCache, WindowCache)
+    policy.name: policy
+    for policy in (NoCache, DllmCache, PrefixCache, DualCache, FreeCache, WindowCache, DkvDecode, DkvGreedy)
 }
 
 __all__ = [
     "POLICIES",
     "CachePolicy",
+    "DkvDecode",
+    "DkvGreedy",
     "DllmCache",
     "DualCache",
     "FreeCache",

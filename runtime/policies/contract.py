@@ -81,8 +81,7 @@ def _find_reach_fault(plan: StepPlan, rows: Rows, state: StepState) -> str | Non
     for number, layer in enumerate(plan.layers):
         if layer.graph != "layer_partial":
             return f"layer {number} runs {layer.graph}, but chosen rows can only run layer_partial"
-    candidates = state.masked.copy()
-    candidates[:, state.block[1] - state.prompt_rows :] = False
+    candidates = state.candidates
     missing = np.argwhere(candidates & ~rows.mask(state.length)[:, state.prompt_rows :])
     if len(missing):
         sequence, row = missing[0]

@@ -15,6 +15,9 @@ StepKind = Literal["full", "refresh_prompt", "refresh_response", "partial"]
 REFRESH_INTERVAL = "steps of a block from one full pass to the next; 0: only its first step is one"
 """Help text of `refresh_interval`, which means the same in every policy that has it (StepState.is_refresh)."""
 
+BUCKET = "chosen rows are repeated up to a multiple of this, so that few sizes occur"
+"""Help text of `bucket`, which means the same in every policy that has it (Rows.padded)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepState:
@@ -34,6 +37,9 @@ class StepState:
     response_rows: int
     masked: NDArray[np.bool_]  # [B, R] response rows that are undecided now
     masked_before: NDArray[np.bool_]  # [B, R] those that were at the start of the last step; `masked` in the first
+    upcoming: NDArray[np.bool_] | None = None  # [B, R]
+    """The rows that this step will decide, where that is known before it runs: with --remasking random and the rule
+    `quota`. A policy that cannot do without it has a class variable `needs_upcoming = True`."""
 
     @classmethod
     def first(cls, *, layers: int, prompt_rows: int, response_rows: int, batch: int = 1) -> StepState:
@@ -53,6 +59,14 @@ class StepState:
     def is_refresh(self, interval: int) -> bool:
         """Whether this is the first step of its block, or one that comes every `interval` steps (0: none) after it."""
         return self.block_step == 1 or (interval > 0 and (self.block_step - 1) % interval == 0)
+
+    @property
+    def candidates(self) -> NDArray[np.bool_]:
+        """The rows [B, R] that this step may decide: those it will, where that is known, else all masked ones so far."""
+        if self.upcoming is not None:
+            return self.upcoming
+        before_end = np.arange(self.response_rows) < self.block[1] - self.prompt_rows
+        return self.masked & before_end
 
     @property
     def batch(self) -> int:
@@ -75,6 +89,16 @@ class Rows:
     def span(cls, start: int, end: int, batch: int) -> Rows:
         """The positions from `start` up to, not including, `end`, in every sequence."""
         return cls((tuple(range(start, end)),) * batch)
+
+    @classmethod
+    def padded(cls, chosen: NDArray[np.bool_], first: int, bucket: int) -> Rows:
+        """The true places of each sequence in `chosen` [B, N], counted from `first`.
+
+        Repeats bring all sequences to the same multiple of `bucket`, or to N; one without a place gets its first.
+        """
+        count = min(-(-max(1, int(chosen.sum(1).max())) // bucket) * bucket, chosen.shape[1])
+        places = (np.flatnonzero(row) if row.any() else np.zeros(1, np.int64) for row in chosen)
+        return cls(tuple(tuple((first + np.resize(row, count)).tolist()) for row in places))
 
     @property
     def count(self) -> int:

@@ -101,6 +101,14 @@ def test_rows_that_are_decided_or_lie_behind_the_block_may_be_left_out() -> None
     assert "position 5 of sequence 0" in str(find_fault(replace(SOME, rows=Rows(((4, 6, 7), (4, 5, 5)))), state))
 
 
+def test_where_it_is_known_what_a_step_decides_these_rows_alone_must_run() -> None:
+    upcoming = np.zeros(STATE.masked.shape, np.bool_)
+    upcoming[0, 1] = upcoming[1, 2] = True
+    state = replace(STATE, upcoming=upcoming)
+    assert find_fault(replace(SOME, rows=Rows(((5,), (6,)))), state) is None
+    assert "position 6 of sequence 1" in str(find_fault(replace(SOME, rows=Rows(((5,), (5,)))), state))
+
+
 def test_rows_of_an_earlier_block_that_are_still_masked_may_not_be_left_out() -> None:
     later = replace(STATE, block=(8, 10))
     assert "position 4 of sequence 0" in str(find_fault(StepPlan.recompute(later, Rows.span(8, 10, 2)), later))

@@ -13,20 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_export.errors import UsageError
+from dllm_export.graphs import TOP_TOKENS
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.plugins import find_policy
 from dllm_export.runtime.policies import (
     CachePolicy,
+    DkvDecode,
+    DkvGreedy,
     DualCache,
     FreeCache,
     NoCache,
     PrefixCache,
+    Rows,
     StepPlan,
     StepState,
     WindowCache,
-    find_policy,
 )
 from dllm_export.runtime.policies.contract import find_fault
+from dllm_export.runtime.policies.dkv_greedy import find_nearest
 from dllm_export.runtime.transfers import Quota, Threshold, Transfer
 
 OpenModel = Callable[[str], DiffusionLM]
@@ -37,6 +42,8 @@ POLICIES: dict[str, st.SearchStrategy[Any]] = {
     "dual": st.just(DualCache()),
     "freecache": st.just(FreeCache()),
     "window": st.builds(WindowCache, before=SMALL, after=SMALL, refresh_interval=SMALL),
+    "dkv-decode": st.builds(DkvDecode, refresh_interval=SMALL, bucket=st.integers(1, 9)),
+    "dkv-greedy": st.builds(DkvGreedy, refresh_interval=SMALL, nearest=SMALL, bucket=st.integers(1, 9)),
 }
 
 
@@ -46,14 +53,24 @@ SMALL_SETTINGS: dict[str, CachePolicy] = {"window": WindowCache(before=2, after=
 
 def most_rows(policy: Any, state: StepState) -> int:
     """The rows that a policy declares for a step that is not full (docs/policies.md)."""
-    block = state.block[1] - state.block[0]
+    block, recent = state.block[1] - state.block[0], state.masked_before & ~state.masked
     declared = {
         "prefix": state.length - state.block[0],
         "dual": block,
         "freecache": state.length - state.block[0],
         "window": min(state.length, block + getattr(policy, "before", 0) + getattr(policy, "after", 0)),
+        "dkv-decode": in_buckets(policy, state, (state.masked_before | state.masked).sum(1).max()),
+        "dkv-greedy": in_buckets(
+            policy, state, (state.candidates | recent).sum(1).max() + getattr(policy, "nearest", 0)
+        ),
     }
     return declared[policy.name]
+
+
+def in_buckets(policy: Any, state: StepState, rows: int) -> int:
+    """The next multiple of the policy's bucket, but no more than the response."""
+    bucket = getattr(policy, "bucket", 1)
+    return min(state.response_rows, -(-max(rows, 1) // bucket) * bucket)
 
 
 @st.composite
@@ -67,6 +84,9 @@ def states(draw: st.DrawFn) -> StepState:
     decided = np.array(draw(st.lists(st.booleans(), min_size=batch * rows, max_size=batch * rows)))
     decided = decided.reshape(batch, rows)
     decided[:, (number + 1) * block :] = False
+    upcoming = np.array(draw(st.lists(st.booleans(), min_size=batch * rows, max_size=batch * rows)))
+    upcoming = upcoming.reshape(batch, rows) & before & ~decided
+    upcoming[:, (number + 1) * block :] = False
     inner = draw(st.integers(1, 9))
     return replace(
         first,
@@ -75,6 +95,7 @@ def states(draw: st.DrawFn) -> StepState:
         block=(prompt + number * block, prompt + (number + 1) * block),
         masked=before & ~decided,
         masked_before=before,
+        upcoming=upcoming,
     )
 
 
@@ -97,6 +118,8 @@ def test_every_plan_keeps_to_the_contract_and_to_the_declared_rows(
     name: str, data: st.DataObject, state: StepState
 ) -> None:
     policy = data.draw(POLICIES[name])
+    if not getattr(policy, "needs_upcoming", False):
+        state = replace(state, upcoming=None)
     plan = policy.plan(state)
     assert find_fault(plan, state) is None
     if plan.rows is not None:
@@ -108,18 +131,21 @@ def test_every_plan_keeps_to_the_contract_and_to_the_declared_rows(
 @every_policy
 def test_a_generation_recomputes_no_more_rows_than_declared(name: str, open_model: OpenModel) -> None:
     lm, policy = open_model("onnxruntime"), SMALL_SETTINGS.get(name, find_policy(name)())
-    transfers: list[Transfer] = [Quota(), Threshold(threshold=0.3)]
+    in_order = getattr(policy, "needs_upcoming", False)
+    transfers: list[Transfer] = [Quota()] if in_order else [Quota(), Threshold(threshold=0.3)]
     for transfer in transfers:
-        options = GenerationOptions(gen_length=16, block_length=8)
+        options = GenerationOptions(gen_length=16, block_length=8, remasking="random" if in_order else "low_confidence")
         request = lm.continuation([[3, 1, 4, 1, 5], [9, 2, 6]], options)
+        first = StepState.first(layers=5, prompt_rows=5, response_rows=16, batch=2)
+        masked = before = first.masked
         for frame in lm.stream(request, options, policy, transfer, watch=True):
             assert frame.recomputed is not None
             start = 5 + 8 * frame.block
-            state = replace(
-                StepState.first(layers=5, prompt_rows=5, response_rows=16, batch=2), block=(start, start + 8)
-            )
+            upcoming = frame.committed if in_order else None
+            state = replace(first, block=(start, start + 8), masked=masked, masked_before=before, upcoming=upcoming)
             most = 16 if frame.kind == "full" else most_rows(policy, state)
             assert (frame.recomputed.sum(1) <= most).all()
+            masked, before = frame.tokens == 96, masked
 
 
 # -- equalities
@@ -146,7 +172,9 @@ def test_policies_that_must_be_equal_are(state: StepState) -> None:
         assert PrefixCache().plan(state) == DualCache().plan(state)
     if state.step == state.block_step:
         assert FreeCache().plan(state) == PrefixCache().plan(state)
-    assert WindowCache(refresh_interval=1).plan(state) == NoCache().plan(state)
+    for policy in (WindowCache, DkvDecode, DkvGreedy):
+        assert policy(refresh_interval=1).plan(state) == NoCache().plan(state)
+    assert DkvDecode().plan(replace(state, block_step=2)) == NoCache().plan(state)
 
 
 REFRESHED: dict[str, tuple[CachePolicy, dict[str, Any]]] = {
@@ -154,6 +182,8 @@ REFRESHED: dict[str, tuple[CachePolicy, dict[str, Any]]] = {
     "dual, a block a token": (DualCache(), {"block_length": 1}),
     "window over everything": (WindowCache(before=99, after=99), {"block_length": 4}),
     "window, full passes": (WindowCache(before=0, after=0, refresh_interval=1), {"block_length": 4}),
+    "dkv-decode, full passes": (DkvDecode(refresh_interval=1), {"block_length": 6}),
+    "dkv-greedy, full passes": (DkvGreedy(refresh_interval=1), {"block_length": 6, "remasking": "random"}),
 }
 
 
@@ -173,6 +203,73 @@ def test_freecache_equals_no_cache_where_nothing_is_given(open_model: OpenModel)
     assert found.tokens == expected.tokens
 
 
+# -- rows that differ from sequence to sequence
+MASKS = st.integers(1, 24).flatmap(
+    lambda count: st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=1, max_size=3)
+)
+
+
+@given(MASKS.map(np.array), SMALL, st.integers(1, 9))
+def test_padded_rows_are_the_chosen_ones_and_repeats_of_them(chosen: np.ndarray, first: int, bucket: int) -> None:
+    found = Rows.padded(chosen, first, bucket)
+    most = max(1, int(chosen.sum(1).max()))
+    assert found.count == min(chosen.shape[1], -(-most // bucket) * bucket)
+    assert found.count >= most
+    for row, positions in zip(chosen, found.positions, strict=True):
+        assert set(positions) == ({first + place for place in np.flatnonzero(row)} or {first})
+
+
+@given(MASKS.map(lambda rows: np.array(rows[0])), st.data(), st.integers(0, 30))
+def test_the_nearest_rows_are_found(among: np.ndarray, data: st.DataObject, count: int) -> None:
+    anchors = np.array(data.draw(st.lists(st.booleans(), min_size=len(among), max_size=len(among))))
+    expected = []
+    for distance in range(len(among)):
+        for place in np.flatnonzero(among):
+            if anchors.any() and min(abs(place - other) for other in np.flatnonzero(anchors)) == distance:
+                expected.append(place)
+    assert find_nearest(anchors, among, count).tolist() == expected[:count]
+
+
+# -- an order that is known before the step
+STEPS = {"gen_length": 12, "block_length": 6, "steps": 8, "remasking": "random", "seed": 5}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("policy", [NoCache(), DkvGreedy(nearest=2, bucket=1)], ids=str)
+def test_the_order_of_a_step_is_drawn_before_its_tokens(
+    policy: CachePolicy, temperature: float, open_model: OpenModel
+) -> None:
+    lm, options = open_model("onnxruntime"), GenerationOptions(temperature=temperature, **STEPS)
+    frames = list(lm.stream(lm.continuation([[1, 2, 3], [4, 5]], options), options, policy))
+    for sequence in range(2):
+        draw, masked = np.random.default_rng(5 + sequence), np.ones(12, np.bool_)
+        for frame, quota in zip(frames, [2, 2, 1, 1] * 2, strict=True):
+            places = np.flatnonzero(masked[: 6 * (frame.block + 1)])
+            order = draw.random(len(places))
+            if temperature:
+                draw.random((len(places), TOP_TOKENS))
+            decided = places[np.argsort(-order)[:quota]]
+            assert np.flatnonzero(frame.committed[sequence]).tolist() == sorted(decided)
+            masked[decided] = False
+
+
+@pytest.mark.parametrize(
+    ("keywords", "transfer", "given"),
+    [({}, Quota(), "low_confidence and quota"), ({}, Threshold(), "low_confidence and threshold")],
+)
+def test_a_policy_that_needs_the_order_is_refused_without_one(
+    keywords: dict[str, Any], transfer: Transfer, given: str, open_model: OpenModel
+) -> None:
+    lm, options = open_model("onnxruntime"), GenerationOptions(gen_length=8, **keywords)
+    sentence = (
+        "--policy dkv-greedy must know which rows a step decides before the step runs, which takes --remasking random and "
+        f"--transfer quota; these are {given}"
+    )
+    with pytest.raises(UsageError, match=re.escape(sentence)) as caught:
+        lm.run(lm.continuation([[1, 2]], options), options, DkvGreedy(), transfer)
+    assert caught.value.exit_code == 2
+
+
 # -- settings
 @pytest.mark.parametrize(
     ("make", "sentence"),
@@ -180,6 +277,11 @@ def test_freecache_equals_no_cache_where_nothing_is_given(open_model: OpenModel)
         (lambda: WindowCache(before=-1), "--before is -1, expected at least 0"),
         (lambda: WindowCache(after=-2), "--after is -2, expected at least 0"),
         (lambda: WindowCache(refresh_interval=-1), "--refresh-interval is -1, expected at least 0"),
+        (lambda: DkvDecode(refresh_interval=-1), "--refresh-interval is -1, expected at least 0"),
+        (lambda: DkvDecode(bucket=0), "--bucket is 0, expected at least 1"),
+        (lambda: DkvGreedy(refresh_interval=-3), "--refresh-interval is -3, expected at least 0"),
+        (lambda: DkvGreedy(nearest=-1), "--nearest is -1, expected at least 0"),
+        (lambda: DkvGreedy(bucket=-1), "--bucket is -1, expected at least 1"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_the_name_of_its_flag(make: Callable[[], object], sentence: str) -> None:

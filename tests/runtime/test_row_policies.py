@@ -7,7 +7,7 @@ names, overwrites their keys and values, and attends over everything that is vis
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,16 @@ from torch import Tensor
 
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import CachePolicy, DualCache, FreeCache, NoCache, PrefixCache, WindowCache
+from dllm_export.runtime.policies import (
+    CachePolicy,
+    DkvDecode,
+    DkvGreedy,
+    DualCache,
+    FreeCache,
+    NoCache,
+    PrefixCache,
+    WindowCache,
+)
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.transfers import Quota, Threshold, Transfer
 from dllm_export.tools.eager import EagerModel
@@ -37,6 +46,7 @@ class Look:
     length: int
     masked: list[set[int]]
     before: list[set[int]]
+    upcoming: list[set[int]]
 
 
 RowRule = Callable[[Look, int], Sequence[int]]
@@ -78,13 +88,42 @@ def window(before: int, after: int, interval: int) -> RowRule:
     return rows
 
 
+def dkv_decode(interval: int) -> RowRule:
+    """dKV-Cache-Decode: what was masked when the last step began; all in the first two steps and every few after."""
+
+    def rows(look: Look, number: int) -> Sequence[int]:
+        if look.block_step <= 2 or (interval and look.block_step % interval == 1 % interval):
+            return everything(look)
+        return sorted(look.before[number] | look.masked[number])
+
+    return rows
+
+
+def dkv_greedy(interval: int, width: int) -> RowRule:
+    """dKV-Cache-Greedy: what is decided now, what was decided last, and the masked rows nearest to the former."""
+
+    def rows(look: Look, number: int) -> Sequence[int]:
+        if look.block_step == 1 or (interval and look.block_step % interval == 1 % interval):
+            return everything(look)
+        now, last = look.upcoming[number], look.before[number] - look.masked[number]
+        others = [(min(abs(row - other) for other in now), row) for row in look.masked[number] - now if now]
+        return sorted(now | last | {row for _, row in sorted(others)[:width]})
+
+    return rows
+
+
 RULES: Mapping[str, tuple[CachePolicy, RowRule]] = {
     "prefix": (PrefixCache(), prefix),
     "dual": (DualCache(), dual),
     "freecache": (FreeCache(), freecache),
     "window": (WindowCache(before=3, after=2), window(3, 2, 0)),
     "window, refreshed": (WindowCache(before=0, after=9, refresh_interval=3), window(0, 9, 3)),
+    "dkv-decode": (DkvDecode(refresh_interval=5, bucket=4), dkv_decode(5)),
+    "dkv-decode, no bucket": (DkvDecode(refresh_interval=0, bucket=1), dkv_decode(0)),
+    "dkv-greedy": (DkvGreedy(bucket=4), dkv_greedy(2, 6)),
+    "dkv-greedy, few": (DkvGreedy(refresh_interval=3, nearest=1, bucket=1), dkv_greedy(3, 1)),
 }
+IN_ORDER = {name for name, (policy, _) in RULES.items() if isinstance(policy, DkvGreedy)}
 
 
 # -- the plain loop
@@ -112,6 +151,8 @@ class PlainSequence:
             return x * cos[places].unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin[places].unsqueeze(1)
 
         order, seen = list(rows), range(self.padding, self.length)
+        if not order:
+            return {}
         x = model.embed(torch.tensor([tokens[row] for row in order]))
         for layer, weights in enumerate(model.layers):
             inner = model.norm(x, weights["attn_norm.weight"])
@@ -142,11 +183,14 @@ class PlainPass:
     block: int = -1
     before: list[set[int]] | None = None
 
-    def run(self, canvas: list[list[int]], block: tuple[int, int], masked: list[set[int]]) -> list[dict[int, Tensor]]:
+    def run(
+        self, canvas: list[list[int]], block: tuple[int, int], masked: list[set[int]], upcoming: list[set[int]]
+    ) -> list[dict[int, Tensor]]:
         self.step += 1
         self.block_step = self.block_step + 1 if block[0] == self.block else 1
         self.block = block[0]
-        look = Look(self.step, self.block_step, block[0], block[1], len(canvas[0]), masked, self.before or masked)
+        before = self.before or masked
+        look = Look(self.step, self.block_step, block[0], block[1], len(canvas[0]), masked, before, upcoming)
         self.before = masked
         return [
             sequence.run(tokens, self.rule(look, number))
@@ -170,6 +214,7 @@ def plain_generation(
 
     conditional, unconditional = open_pass(), open_pass()
     residual: list[dict[int, Tensor]] = [{} for _ in canvas]
+    draws = [np.random.default_rng(options.seed + number) for number in range(len(canvas))]
     step = 0
     for start in range(prompt, length, block):
         end, counts = start + block, [len(rows) for rows in masks(start + block)]
@@ -178,25 +223,34 @@ def plain_generation(
             if not isinstance(transfer, Quota) and not any(candidates):
                 break
             step += 1
-            logits = conditional.run(canvas, (start, end), masks(length))
+            steps = request.schedule.steps_per_block
+            quotas = [count // steps + (inner < count % steps) for count in counts]
+            orders: list[list[int]] = []
+            if options.remasking == "random":
+                for draw, rows in zip(draws, candidates, strict=True):
+                    number_of = dict(zip(sorted(rows), draw.random(len(rows)), strict=True))
+                    orders.append(sorted(rows, key=lambda row: -number_of[row]))
+            upcoming = [set(order[:quota]) for order, quota in zip(orders, quotas, strict=False)]
+            wanted = upcoming or candidates
+            logits = conditional.run(canvas, (start, end), masks(length), upcoming)
             if options.cfg_scale:
                 due = (step - 1) % options.cfg_interval == 0 or step <= 5
-                known = all(rows <= kept.keys() for rows, kept in zip(candidates, residual, strict=True))
+                known = all(rows <= kept.keys() for rows, kept in zip(wanted, residual, strict=True))
                 if due or not known:
                     blank = [
                         [token if not fixed else MASK for token, fixed in zip(row, flags, strict=True)]
                         for row, flags in zip(canvas, given, strict=True)
                     ]
-                    other = unconditional.run(blank, (start, end), masks(length))
+                    other = unconditional.run(blank, (start, end), masks(length), upcoming)
                     residual = [
                         {row: mine[row] - theirs[row] for row in mine.keys() & theirs.keys()}
                         for mine, theirs in zip(logits, other, strict=True)
                     ]
                 logits = [
-                    {row: rows[row] + options.cfg_scale * residual[number][row] for row in candidates[number]}
+                    {row: rows[row] + options.cfg_scale * residual[number][row] for row in wanted[number]}
                     for number, rows in enumerate(logits)
                 ]
-            for number, rows in enumerate(candidates):
+            for number, rows in enumerate(wanted):
                 sure = {}
                 for row in sorted(rows):
                     scores = logits[number][row].clone()
@@ -204,11 +258,9 @@ def plain_generation(
                     confidence, token = scores.softmax(-1).max(-1)
                     sure[row] = (float(confidence), int(token))
                 order = sorted(sure, key=lambda row: (-sure[row][0], row))
+                count = len(order) if upcoming else quotas[number]
                 if isinstance(transfer, Threshold):
                     count = max(1, sum(confidence >= transfer.threshold for confidence, _ in sure.values()))
-                else:
-                    steps = request.schedule.steps_per_block
-                    count = counts[number] // steps + (inner < counts[number] % steps)
                 for row in order[:count]:
                     canvas[number][row] = sure[row][1]
     return [row[prompt:] for row in canvas], conditional.step + unconditional.step
@@ -232,6 +284,7 @@ CASES: Mapping[str, tuple[tuple[int, ...], dict[str, Any], Transfer]] = {
     "a padded batch": ((11, 6), {"gen_length": 18, "block_length": 6, "steps": 12}, Quota()),
     "several tokens a step": ((4, 9), {"gen_length": 24, "block_length": 12, "steps": 10}, Quota()),
     "threshold": ((8, 13), {"gen_length": 24, "block_length": 8}, Threshold(threshold=0.2)),
+    "random order": ((9, 12), {"gen_length": 18, "block_length": 9, "steps": 12, "remasking": "random"}, Quota()),
     "guidance": ((9, 5), {"gen_length": 16, "block_length": 8, "cfg_scale": 1.2}, Quota()),
     "guidance kept": ((9, 5), {"gen_length": 16, "block_length": 4, "cfg_scale": 0.8, "cfg_interval": 3}, Quota()),
     "guidance, threshold": (
@@ -243,13 +296,20 @@ CASES: Mapping[str, tuple[tuple[int, ...], dict[str, Any], Transfer]] = {
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
-@every_rule
-@pytest.mark.parametrize("case", CASES)
+def options_for(name: str, **keywords: Any) -> GenerationOptions:
+    """The options of a case; a policy that must know what a step decides gets the order that tells."""
+    return GenerationOptions(**({"remasking": "random"} if name in IN_ORDER else {}) | keywords)
+
+
+PAIRS = [(case, name) for case in CASES for name in RULES if name not in IN_ORDER or isinstance(CASES[case][2], Quota)]
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_a_generation_equals_the_plain_loop(
     case: str, name: str, open_model: OpenModel, tiny_eager: dict[str, EagerModel]
 ) -> None:
     lm, (policy, rule), (lengths, keywords, transfer) = open_model("float64"), RULES[name], CASES[case]
-    options = GenerationOptions(**keywords)
+    options = options_for(name, **keywords)
     request = lm.continuation(prompts(*lengths, seed=len(case)), options)
     expected = plain_generation(tiny_eager["plain"], request, options, rule, transfer)
     assert generate(lm, request, options, policy, transfer) == expected
@@ -268,7 +328,7 @@ def test_infilling_equals_the_plain_loop(
     case: str, name: str, open_model: OpenModel, tiny_eager: dict[str, EagerModel]
 ) -> None:
     lm, (policy, rule), (places, keywords) = open_model("float64"), RULES[name], HOLES[case]
-    options = GenerationOptions(**keywords)
+    options = options_for(name, **keywords)
     texts = [
         [MASK if place in holes else token for place, token in enumerate(text)]
         for text, holes in zip(prompts(20, 16), places, strict=True)
@@ -280,10 +340,11 @@ def test_infilling_equals_the_plain_loop(
 
 @every_rule
 def test_a_batch_gives_what_its_sequences_give_alone(name: str, open_model: OpenModel) -> None:
-    lm, policy, options = open_model("float64"), RULES[name][0], GenerationOptions(gen_length=16, block_length=8)
+    lm, policy, options = open_model("float64"), RULES[name][0], options_for(name, gen_length=16, block_length=8)
     texts = prompts(12, 7)
     together = lm.run(lm.continuation(texts, options), options, policy)
-    alone = [lm.run(lm.continuation([text], options), options, policy)[0] for text in texts]
+    own = [replace(options, seed=options.seed + number) for number in range(len(texts))]
+    alone = [lm.run(lm.continuation([text], each), each, policy)[0] for text, each in zip(texts, own, strict=True)]
     assert [result.tokens for result in together] == [result.tokens for result in alone]
 
 
@@ -293,9 +354,9 @@ def test_the_cases_tell_a_cache_from_none(name: str, open_model: OpenModel) -> N
     lm, (policy, _) = open_model("float64"), RULES[name]
 
     def differs(lengths: tuple[int, ...], keywords: dict[str, Any], transfer: Transfer) -> bool:
-        options = GenerationOptions(**keywords)
+        options = options_for(name, **keywords)
         request = lm.continuation(prompts(*lengths), options)
         found, uncached = (generate(lm, request, options, each, transfer)[0] for each in (policy, NoCache()))
         return found != uncached
 
-    assert any(differs(*case) for case in CASES.values())
+    assert any(differs(*CASES[case]) for case, other in PAIRS if other == name)

@@ -111,8 +111,8 @@ def test_gap_and_entropy_rank_by_the_noise_free_distribution(count: int, seed: i
         entropies.append(-sum(p * np.log(p) for p in share))
     orders: dict[Remasking, list[float]] = {"margin": gaps, "entropy": [-entropy for entropy in entropies]}
     for remasking, values in orders.items():
-        ranking = rank(remasking, found, 0, proposal, rng=rng())
+        ranking = rank(remasking, found, 0, proposal)
         np.testing.assert_allclose(ranking, values, rtol=0, atol=2e-6)  # the head's statistics are float32
         expected = [-np.inf if token in last else value for token, value in zip(proposal.tokens, values, strict=True)]
-        ranking = rank(remasking, found, 0, proposal, rng=rng(), ranked_last=last)
+        ranking = rank(remasking, found, 0, proposal, ranked_last=last)
         np.testing.assert_allclose(ranking, expected, rtol=0, atol=2e-6)

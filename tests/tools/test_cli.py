@@ -287,7 +287,8 @@ def test_a_bundle_without_tokenizer_takes_and_gives_ids(invoke: Invoke, byte_mod
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_generates(name: str, generate: Invoke) -> None:
-    result = generate("--prompt", "abc", "--prompt", "ab", "--block-length", 8, "--policy", name, "--json")
+    order = ("--remasking", "random") if name == "dkv-greedy" else ()
+    result = generate("--prompt", "abc", "--prompt", "ab", "--block-length", 8, "--policy", name, *order, "--json")
     assert result.code == 0, result.err
     for one in result.json:
         assert one["settings"]["policy"]["name"] == name
@@ -297,6 +298,7 @@ def test_every_policy_generates(name: str, generate: Invoke) -> None:
 # -- every flag of generate
 CACHED = "--policy dllm-cache"
 BLOCKS = "--block-length 4 --policy"
+GREEDY = "--remasking random --refresh-interval 0 --policy dkv-greedy"
 EFFECTS = {
     # flag: (command line without it, with it, what differs in the JSON)
     "--steps": ("", "--steps 8", "passes"),
@@ -318,6 +320,8 @@ EFFECTS = {
     "--before": (f"{BLOCKS} window --after 0", f"{BLOCKS} window --after 0 --before 0", "confidence"),
     "--after": (f"{BLOCKS} window --before 0", f"{BLOCKS} window --before 0 --after 0", "confidence"),
     "--refresh-interval": (f"{BLOCKS} window", f"{BLOCKS} window --refresh-interval 2", "steps_by_kind"),
+    "--bucket": (f"{BLOCKS} dkv-decode", f"{BLOCKS} dkv-decode --bucket 1", "settings"),
+    "--nearest": (f"{GREEDY}", f"{GREEDY} --nearest 0", "confidence"),
     "--transfer": ("", "--transfer hierarchy", "passes"),
     "--threshold": ("--transfer threshold", "--transfer threshold --threshold 0.05", "passes"),
     "--factor": ("--transfer factor", "--transfer factor --factor 20", "passes"),
@@ -355,6 +359,7 @@ WRONG = {
     "--prompt a --transfer threshold --steps 4": "--steps has no effect with --transfer threshold",
     "--prompt a --policy dlm-cache": f"there are: {', '.join(POLICIES)}; did you mean dllm-cache?",
     "--prompt a --update-ratio 0.5": "--update-ratio is no option of the cache policy 'none', it belongs to: dllm-cache",
+    "--prompt a --policy dkv-greedy": "which takes --remasking random and --transfer quota; these are low_confidence and quota",
     "--prompt a --policy window --before -1": "--before is -1, expected at least 0",
     "--prompt a --policy dllm-cache --update-ratio 2": "--update-ratio is 2.0, expected a share from 0 to 1",
     "--prompt a --block-length 3": "--gen-length 16 is not divisible by --block-length 3",
