@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,7 +15,7 @@ from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target, find_build_cuda
 from dllm_export.exporter.files import replace_file, require_writable
-from dllm_export.exporter.plans import build_plan
+from dllm_export.exporter.plans import build_plan, make_builder
 from dllm_export.exporter.ranges import check_fixed_sizes, make_profiles
 from dllm_export.exporter.timing import TIMING_CACHE
 from dllm_export.graphs import graph_specs
@@ -30,6 +31,9 @@ from dllm_export.runtime.bundle import (
 from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Manifest, encode_manifest
 from dllm_export.runtime.tensorrt.library import current_platform
 from dllm_export.runtime.tensorrt.profiles import Range
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 BUILD = 3
 """Counts changes of the build that make other plans from the same graph."""
@@ -49,13 +53,14 @@ def build_engines(
     missing = find_missing(bundle, options, target)
     if missing:
         require_writable(bundle.path)
+        builder = make_builder(target.library)
     for number, (name, (profiles, key)) in enumerate(missing.items()):
 
         def show(share: float, number: int = number, name: str = name) -> None:
             report(f"engine {name} ({number + 1} of {len(missing)})", int(100 * (number + share) / len(missing)), 100)
 
         show(0.0)
-        record, plan = build_engine(bundle, name, target, profiles, key, BuildProgress(show))
+        record, plan = build_engine(bundle, name, target, profiles, key, builder, BuildProgress(show))
         manifest = _add_engine(bundle.path, manifest, record, plan)
     report("engines", 100, 100)
     return open_bundle(bundle.path)
@@ -111,6 +116,7 @@ def build_engine(
     target: BuildTarget,
     profiles: tuple[dict[str, Range], ...],
     key: str,
+    builder: trt.Builder,
     progress: BuildProgress,
 ) -> tuple[EngineRecord, bytes]:
     """The engine of one graph, and its record for the manifest."""
@@ -125,6 +131,7 @@ def build_engine(
         bundle.manifest.dtype,
         profiles,
         target.targets,
+        builder=builder,
         progress=progress,
         timing=timing,
     )

@@ -33,12 +33,15 @@ def build_plan(
     profiles: Sequence[Mapping[str, Range]],
     targets: Sequence[str],
     *,
+    builder: trt.Builder | None = None,
     progress: BuildProgress | None = None,
     timing: Path | None = None,
 ) -> tuple[bytes, tuple[str, ...]]:
-    """One serialised engine and the builder flags it was made with, or an error with the library's own messages."""
-    module = library.module
-    builder: trt.Builder = library.create(module.Builder)
+    """One serialised engine and the builder flags it was made with, or an error with the library's own messages.
+
+    A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all.
+    """
+    builder = builder or make_builder(library)
     network = library.require(builder.create_network(library.network_flags()), "create a network")
     parse_graph(library, network, onnx, spec.name)
     config = builder.create_builder_config()
@@ -56,6 +59,12 @@ def build_plan(
     if timing is not None and cache is not None:
         save_timing_cache(config, timing)
     return bytes(plan), flags
+
+
+def make_builder(library: TensorRt) -> trt.Builder:
+    """The library's builder, which starts it."""
+    builder: trt.Builder = library.create(library.module.Builder)
+    return builder
 
 
 def run_builder(library: TensorRt, builder: Any, network: Any, config: Any, progress: BuildProgress) -> Any:
