@@ -15,10 +15,11 @@ from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target, find_build_cuda
 from dllm_export.exporter.files import replace_file, require_writable
+from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.plans import build_plan, make_builder
 from dllm_export.exporter.ranges import check_fixed_sizes, make_profiles
 from dllm_export.exporter.timing import TIMING_CACHE
-from dllm_export.graphs import graph_specs
+from dllm_export.graphs import GraphSpec, engine_specs, graph_specs
 from dllm_export.runtime.bundle import (
     ENGINES,
     Bundle,
@@ -48,9 +49,10 @@ def build_engines(
     """
     target, manifest = choose_target(options), bundle.manifest
     check_build(target.library, options, manifest.dtype, manifest.shape.max_length)
-    check_fixed_sizes(bundle.specs, manifest.shape.max_length, options)
+    specs = engine_specs(bundle.specs, staged=target.library.staged)
+    check_fixed_sizes(specs, manifest.shape.max_length, options)
     report = progress or (lambda what, step, steps: None)
-    missing = find_missing(bundle, options, target)
+    missing = find_missing(bundle, specs, options, target)
     if missing:
         require_writable(bundle.path)
         builder = make_builder(target.library)
@@ -60,7 +62,7 @@ def build_engines(
             report(f"engine {name} ({number + 1} of {len(missing)})", int(100 * (number + share) / len(missing)), 100)
 
         show(0.0)
-        record, plan = build_engine(bundle, name, target, profiles, key, builder, BuildProgress(show))
+        record, plan = build_engine(bundle, specs[name], target, profiles, key, builder, BuildProgress(show))
         manifest = _add_engine(bundle.path, manifest, record, plan)
     report("engines", 100, 100)
     return open_bundle(bundle.path)
@@ -97,22 +99,30 @@ def _is_damaged(root: Path, manifest: Manifest, record: FileRecord) -> bool:
 
 
 def find_missing(
-    bundle: Bundle, options: BuildOptions, target: BuildTarget
+    bundle: Bundle, specs: Mapping[str, GraphSpec], options: BuildOptions, target: BuildTarget
 ) -> dict[str, tuple[tuple[dict[str, Range], ...], str]]:
     """Graphs without an engine for these options, with the size ranges and the key it will have."""
     present = {record.key for record in bundle.manifest.engines}
     missing = {}
-    for name, spec in bundle.specs.items():
+    for name, spec in specs.items():
         profiles = make_profiles(target.library.flavour, spec, bundle.manifest.shape.max_length, options)
-        key = _build_key(bundle, name, target, profiles)
+        key = _build_key(graph_bytes(bundle, spec), target, profiles)
         if key not in present:
             missing[name] = (profiles, key)
     return missing
 
 
+def graph_bytes(bundle: Bundle, spec: GraphSpec) -> bytes:
+    """A graph's ONNX: the bundle's file, or for a stage, which has none, the same as it would be written."""
+    if spec.name in bundle.specs:
+        return bundle.graph_bytes(spec.name)
+    onnx: bytes = build_onnx(spec, bundle.manifest.shape, bundle.manifest.dtype).SerializeToString()
+    return onnx
+
+
 def build_engine(
     bundle: Bundle,
-    graph: str,
+    spec: GraphSpec,
     target: BuildTarget,
     profiles: tuple[dict[str, Range], ...],
     key: str,
@@ -120,13 +130,13 @@ def build_engine(
     progress: BuildProgress,
 ) -> tuple[EngineRecord, bytes]:
     """The engine of one graph, and its record for the manifest."""
-    library, spec, start = target.library, bundle.specs[graph], time.perf_counter()
+    library, start = target.library, time.perf_counter()
     timing = None if library.targets else bundle.path / target.folder / TIMING_CACHE
     if timing is not None:
         timing.parent.mkdir(parents=True, exist_ok=True)
     plan, flags = build_plan(
         library,
-        bundle.graph_bytes(graph),
+        graph_bytes(bundle, spec),
         spec,
         bundle.manifest.dtype,
         profiles,
@@ -136,8 +146,8 @@ def build_engine(
         timing=timing,
     )
     record = EngineRecord(
-        graph=graph,
-        file=f"{target.folder}/{graph}-{key[:12]}.plan",
+        graph=spec.name,
+        file=f"{target.folder}/{spec.name}-{key[:12]}.plan",
         flavour=library.flavour,
         version=library.version,
         targets=target.targets,
@@ -151,12 +161,12 @@ def build_engine(
     return record, plan
 
 
-def _build_key(bundle: Bundle, graph: str, target: BuildTarget, profiles: Sequence[Mapping[str, Range]]) -> str:
+def _build_key(onnx: bytes, target: BuildTarget, profiles: Sequence[Mapping[str, Range]]) -> str:
     """Digest of everything a plan depends on: builds of the same inputs differ in bytes, so plans cannot be compared."""
     sorted_profiles = [dict(sorted(profile.items())) for profile in profiles]
     library = target.library
     parts = (BUILD, library.flavour, library.version, target.targets, current_platform(), sorted_profiles)
-    return hashlib.sha256(bundle.graph_bytes(graph) + msgspec.json.encode(parts)).hexdigest()
+    return hashlib.sha256(onnx + msgspec.json.encode(parts)).hexdigest()
 
 
 def _add_engine(root: Path, manifest: Manifest, record: EngineRecord, plan: bytes) -> Manifest:

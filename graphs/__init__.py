@@ -6,6 +6,7 @@ from dllm_export.graphs.catalog import (
     GraphSpec,
     TensorSpec,
     TensorType,
+    engine_specs,
     graph_specs,
     layer_weights,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Ops",
     "TensorSpec",
     "TensorType",
+    "engine_specs",
     "graph_specs",
     "layer_weights",
 ]

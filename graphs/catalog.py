@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dllm_export.graphs import steps
+from dllm_export.graphs import picking, steps
 from dllm_export.graphs.shape import ModelShape
 
 TensorType = Literal["compute", "float32", "int32", "int64", "bool"]
@@ -42,11 +42,16 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     function: GraphFunction
     """`function(ops, shape, tensors) -> outputs by name`."""
+    stages: tuple[GraphSpec, ...] = ()
+    """The same graph as two, one after the other: an output `x_out` of the first is the input `x` of the second."""
 
     def tensor(self, name: str) -> TensorSpec:
         """The input, weight or output of this name."""
         return next(spec for spec in (*self.inputs, *self.weights, *self.outputs) if spec.name == name)
 
+
+PROJECTIONS = ("norm1", "qk", "v", "qk_bias", "v_bias")
+"""Weights that a layer's first stage uses; its second stage has the others."""
 
 LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive")
 
@@ -69,6 +74,12 @@ def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
     return tuple(weights)
 
 
+def engine_specs(specs: Mapping[str, GraphSpec], *, staged: bool) -> dict[str, GraphSpec]:
+    """What engines are built of, by name: every graph whole, or in stages where it has them."""
+    split = ((spec.stages if staged else ()) or (spec,) for spec in specs.values())
+    return {spec.name: spec for stages in split for spec in stages}
+
+
 def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     """Every graph of a model of this shape, by name."""
     d, kv, half = shape.hidden, shape.key_width, shape.head_dim // 2
@@ -84,11 +95,14 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     def positions(name: str, count: str) -> TensorSpec:
         return TensorSpec(name, "int32", ("B", count))
 
-    context = (
-        TensorSpec("cos", "float32", ("B", "S", half)),
-        TensorSpec("sin", "float32", ("B", "S", half)),
-        TensorSpec("mask", "bool", ("B", "S")),
-    )
+    def query(name: str) -> TensorSpec:
+        return TensorSpec(name, "compute", ("B", "Q", shape.heads, shape.head_dim))
+
+    projections = tuple(weight for weight in layer if weight.name in PROJECTIONS)
+    others = tuple(weight for weight in layer if weight.name not in PROJECTIONS)
+    rotary = tuple(TensorSpec(name, "float32", ("B", "S", half)) for name in ("cos", "sin"))
+    mask = TensorSpec("mask", "bool", ("B", "S"))
+    context = (*rotary, mask)
     placed = (positions("slot", "S"), TensorSpec("fresh", "bool", ("B", "S")))
     cache = (rows("key", "S", kv), rows("value", "S", kv))
     cache_out = (rows("key_out", "S", kv), rows("value_out", "S", kv))
@@ -115,6 +129,22 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
             layer,
             (rows("hidden_out", "Q", d), *cache_out, rows("delta_out", "Q", d)),
             steps.layer_partial,
+            stages=(
+                GraphSpec(
+                    "layer_partial.project",
+                    (rows("hidden", "Q", d), positions("index", "Q"), *placed, *cache, *rotary),
+                    projections,
+                    (query("query_out"), *cache_out),
+                    steps.project_partial,
+                ),
+                GraphSpec(
+                    "layer_partial.finish",
+                    (rows("hidden", "Q", d), query("query"), *cache, mask),
+                    others,
+                    (rows("hidden_out", "Q", d), rows("delta_out", "Q", d)),
+                    steps.finish_partial,
+                ),
+            ),
         ),
         GraphSpec(
             "layer_adaptive",
@@ -137,6 +167,47 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                 TensorSpec("drift", "float32", ("B", "X")),
             ),
             steps.layer_adaptive,
+            stages=(
+                GraphSpec(
+                    "layer_adaptive.project",
+                    (
+                        rows("hidden", "X", d),
+                        positions("index", "X"),
+                        *placed,
+                        *cache,
+                        TensorSpec("budget", "int64", (1,)),
+                        TensorSpec("forced", "bool", ("B", "X")),
+                        *rotary,
+                    ),
+                    projections,
+                    (
+                        query("query_out"),
+                        *cache_out,
+                        positions("index_out", "Q"),
+                        positions("row_out", "Q"),
+                        TensorSpec("chosen_out", "bool", ("B", "X")),
+                        positions("rank_out", "X"),
+                        TensorSpec("drift", "float32", ("B", "X")),
+                    ),
+                    steps.project_adaptive,
+                ),
+                GraphSpec(
+                    "layer_adaptive.finish",
+                    (
+                        rows("hidden", "X", d),
+                        rows("delta", "X", d),
+                        query("query"),
+                        *cache,
+                        positions("row", "Q"),
+                        TensorSpec("chosen", "bool", ("B", "X")),
+                        positions("rank", "X"),
+                        mask,
+                    ),
+                    others,
+                    (rows("hidden_out", "X", d), rows("delta_out", "X", d)),
+                    picking.finish_picked,
+                ),
+            ),
         ),
         GraphSpec(
             "layer_skip",

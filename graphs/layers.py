@@ -78,16 +78,6 @@ def finish_rows(
     return ops.add(attended, ops.matmul(ops.mul(ops.silu(gate), up), weights["down"]))
 
 
-UNCHANGED = 1e-6
-"""Drift that rounding alone can cause in float32. Less counts as none, so that rows that did not change tie on every
-provider and the leftmost is taken; a row that turned by 0.1 % is already above it."""
-
-
-def measure_drift(ops: Ops[T], new: T, old: T) -> T:  # [B, N, D] twice -> [B, N] float32
-    """max(0, 1 - cosine - UNCHANGED) of each row with its former self; a zero row has cosine 0 (dLLM-Cache's V-verify)."""
-    with ops.scope("drift"):
-        new, old = ops.widen(new), ops.widen(old)
-        dot = ops.sum(ops.mul(new, old), keep=False)
-        norms = ops.mul(ops.sum(ops.mul(new, new), keep=False), ops.sum(ops.mul(old, old), keep=False))
-        cosine = ops.mul(dot, ops.rsqrt(norms, 1e-16))
-        return ops.relu(ops.sub(ops.fill(cosine, 1.0 - UNCHANGED), cosine))
+def hand_over(t: Mapping[str, T], first: Mapping[str, T]) -> dict[str, T]:
+    """Tensors of a second stage: what the first one put out, under the names of inputs, and what it was given."""
+    return {**t, **{name.removesuffix("_out"): value for name, value in first.items()}}

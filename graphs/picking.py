@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic
 
-from dllm_export.graphs.layers import finish_rows, put_rows
+from dllm_export.graphs.layers import finish_rows, hand_over, put_rows
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
@@ -58,16 +58,30 @@ def put_picked(ops: Ops[T], picked: Picked[T], rows: T, t: Mapping[str, T], cach
     return put_rows(ops, rows, ops.take_rows(picked.rank, t["slot"]), fresh, cache)
 
 
+def list_picked(picked: Picked[T], query: T, key: T, value: T) -> dict[str, T]:
+    """What the first stage of a picking layer gives: keys and values of the sequence, and the picked rows' part."""
+    return {
+        "query_out": query,
+        "key_out": key,
+        "value_out": value,
+        "index_out": picked.position,
+        "row_out": picked.row,
+        "chosen_out": picked.chosen,
+        "rank_out": picked.rank,
+    }
+
+
+def finish_picked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Second stage: attention and MLP of the picked rows; the other alive rows advance by their cached delta."""
+    rows = ops.take_rows(t["hidden"], t["row"])
+    new_delta = finish_rows(ops, shape, rows, t["query"], t["key"], t["value"], t["mask"], t)
+    delta = put_rows(ops, new_delta, t["rank"], t["chosen"], t["delta"])
+    return {"hidden_out": ops.add(t["hidden"], delta), "delta_out": delta}
+
+
 def update_picked(
     ops: Ops[T], shape: ModelShape, picked: Picked[T], query: T, key: T, value: T, t: Mapping[str, T]
 ) -> dict[str, T]:
-    """Attention and MLP of the picked rows; the other alive rows advance by their cached delta."""
-    new_delta = finish_rows(ops, shape, ops.take_rows(t["hidden"], picked.row), query, key, value, t["mask"], t)
-    delta = put_rows(ops, new_delta, picked.rank, picked.chosen, t["delta"])
-    return {
-        "hidden_out": ops.add(t["hidden"], delta),
-        "key_out": key,
-        "value_out": value,
-        "delta_out": delta,
-        "index_out": picked.position,
-    }
+    """Both stages of a picking layer after its choice."""
+    first = list_picked(picked, query, key, value)
+    return first | finish_picked(ops, shape, hand_over(t, first))

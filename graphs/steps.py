@@ -10,17 +10,15 @@ from collections.abc import Mapping
 
 from dllm_export.graphs.layers import (
     finish_rows,
-    measure_drift,
+    hand_over,
     normalize,
     project_query_key,
     project_value,
     put_rows,
 )
 from dllm_export.graphs.ops import Ops, T
+from dllm_export.graphs.picking import finish_picked, list_picked, measure_drift, pick_rows, put_picked, rotary_rows
 from dllm_export.graphs.shape import ModelShape
-
-FORCED_DRIFT = 4.0
-"""Drift is at most 2, so a row with this score is chosen before every other."""
 
 
 def embed(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
@@ -39,19 +37,41 @@ def layer_full(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, 
     return {"hidden_out": ops.add(hidden, delta), "key_out": key, "value_out": value, "delta_out": delta}
 
 
+def project_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """First stage of `layer_partial`: the rows' queries, and the caches with their keys and values."""
+    inner = normalize(ops, t["hidden"], t["norm1"], shape.norm_eps)
+    cos, sin = ops.take_rows(t["cos"], t["index"]), ops.take_rows(t["sin"], t["index"])
+    query, key = project_query_key(ops, shape, inner, cos, sin, t)
+    key = put_rows(ops, key, t["slot"], t["fresh"], t["key"])
+    value = put_rows(ops, project_value(ops, inner, t), t["slot"], t["fresh"], t["value"])
+    return {"query_out": query, "key_out": key, "value_out": value}
+
+
+def finish_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Second stage of `layer_partial`: attention and MLP of the rows."""
+    delta = finish_rows(ops, shape, t["hidden"], t["query"], t["key"], t["value"], t["mask"], t)
+    return {"hidden_out": ops.add(t["hidden"], delta), "delta_out": delta}
+
+
 def layer_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Q rows chosen by the host recomputed against the cached keys and values of the others.
 
     `index` holds their positions; `slot` and `fresh` are its inverse: position j is fresh row slot[j] where fresh[j].
     """
-    hidden = t["hidden"]
-    inner = normalize(ops, hidden, t["norm1"], shape.norm_eps)
-    cos, sin = ops.take_rows(t["cos"], t["index"]), ops.take_rows(t["sin"], t["index"])
-    query, key = project_query_key(ops, shape, inner, cos, sin, t)
-    key = put_rows(ops, key, t["slot"], t["fresh"], t["key"])
-    value = put_rows(ops, project_value(ops, inner, t), t["slot"], t["fresh"], t["value"])
-    delta = finish_rows(ops, shape, hidden, query, key, value, t["mask"], t)
-    return {"hidden_out": ops.add(hidden, delta), "key_out": key, "value_out": value, "delta_out": delta}
+    first = project_partial(ops, shape, t)
+    return first | finish_partial(ops, shape, hand_over(t, first))
+
+
+def project_adaptive(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """First stage of `layer_adaptive`: which rows are picked, their queries, and the caches with the new keys and values."""
+    inner = normalize(ops, t["hidden"], t["norm1"], shape.norm_eps)
+    new_value = project_value(ops, inner, t)
+    drift = measure_drift(ops, new_value, ops.take_rows(t["value"], t["index"]))
+    value = put_rows(ops, new_value, t["slot"], t["fresh"], t["value"])
+    picked = pick_rows(ops, drift, t)
+    query, new_key = project_query_key(ops, shape, ops.take_rows(inner, picked.row), *rotary_rows(ops, picked, t), t)
+    key = put_picked(ops, picked, new_key, t, t["key"])
+    return list_picked(picked, query, key, value) | {"drift": drift}
 
 
 def layer_adaptive(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
@@ -61,33 +81,8 @@ def layer_adaptive(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[s
     attention and MLP run for the picked rows only; the other rows advance by their cached delta. `index`, `slot`, `fresh`
     place the alive rows in the sequence as in `layer_partial`; a row that is alive but not fresh keeps its cached value.
     """
-    hidden, index = t["hidden"], t["index"]
-    inner = normalize(ops, hidden, t["norm1"], shape.norm_eps)
-    new_value = project_value(ops, inner, t)
-    drift = measure_drift(ops, new_value, ops.take_rows(t["value"], index))
-    value = put_rows(ops, new_value, t["slot"], t["fresh"], t["value"])
-
-    score = ops.where(t["forced"], ops.fill(drift, FORCED_DRIFT), drift)
-    _, picked = ops.top(score, t["budget"])  # [B, Q] places among the alive rows
-    hit = ops.matches(ops.unsqueeze(picked, 1), ops.unsqueeze(ops.unsqueeze(ops.positions(hidden), 0), 2))  # [B, X, Q]
-    chosen, rank = ops.any_last(hit), ops.argmax_last(hit)  # [B, X] each
-
-    position = ops.take_rows(index, picked)
-    cos, sin = ops.take_rows(t["cos"], position), ops.take_rows(t["sin"], position)
-    query, new_key = project_query_key(ops, shape, ops.take_rows(inner, picked), cos, sin, t)
-    fresh = ops.both(t["fresh"], ops.take_rows(chosen, t["slot"]))
-    key = put_rows(ops, new_key, ops.take_rows(rank, t["slot"]), fresh, t["key"])
-
-    new_delta = finish_rows(ops, shape, ops.take_rows(hidden, picked), query, key, value, t["mask"], t)
-    delta = put_rows(ops, new_delta, rank, chosen, t["delta"])
-    return {
-        "hidden_out": ops.add(hidden, delta),
-        "key_out": key,
-        "value_out": value,
-        "delta_out": delta,
-        "index_out": position,
-        "drift": drift,
-    }
+    first = project_adaptive(ops, shape, t)
+    return first | finish_picked(ops, shape, hand_over(t, first))
 
 
 def layer_skip(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:

@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from dllm_export.errors import IntegrityError, UsageError
-from dllm_export.graphs import DType, GraphSpec, graph_specs
+from dllm_export.graphs import DType, GraphSpec, engine_specs, graph_specs
 from dllm_export.runtime.manifest import (
     MANIFEST,
     EngineRecord,
@@ -175,7 +175,8 @@ def check_engines(bundle: Bundle) -> None:
 
 def find_misstatement(manifest: Manifest, record: EngineRecord, specs: Mapping[str, GraphSpec]) -> str | None:
     """What an engine's record says that cannot be so, as words after "the engine"; None if there is nothing."""
-    if record.graph not in specs:
+    known = {**specs, **engine_specs(specs, staged=True)}
+    if record.graph not in known:
         return "belongs to no graph that this version runs"
     if not record.file.startswith(ENGINES) or not any(file.path == record.file for file in manifest.files):
         return f"is in '{record.file}', which {MANIFEST} does not list under {ENGINES}"
@@ -183,7 +184,7 @@ def find_misstatement(manifest: Manifest, record: EngineRecord, specs: Mapping[s
         return "does not say for which GPUs and driver it is"
     if not record.profiles:
         return "has no size ranges"
-    inputs = specs[record.graph].inputs
+    inputs = known[record.graph].inputs
     dims = {dim for tensor in inputs for dim in tensor.dims if isinstance(dim, str)}
     dims |= {"Q"} if any(tensor.name == "budget" for tensor in inputs) else set()
     for profile in record.profiles:

@@ -13,6 +13,7 @@ from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_target import BuildTarget, choose_target
 from dllm_export.exporter.engines import build_engines, drop_damaged_engines
 from dllm_export.exporter.trtexec import choose_tool, list_commands
+from dllm_export.graphs import engine_specs
 from dllm_export.runtime.bundle import Bundle, open_bundle, read_manifest
 from dllm_export.runtime.options import flag
 from dllm_export.tools.engine_table import describe_engine, make_engine_table
@@ -99,7 +100,8 @@ def build(bundle: Bundle, options: BuildOptions, target: BuildTarget, progress: 
     start = time.perf_counter()
     finished = build_engines(bundle, options, progress)
     built = sum(record.key not in before for record in finished.manifest.engines)
-    return Result(finished, options, target, built, len(bundle.specs) - built, time.perf_counter() - start)
+    wanted = engine_specs(bundle.specs, staged=target.library.staged)
+    return Result(finished, options, target, built, len(wanted) - built, time.perf_counter() - start)
 
 
 def print_target(target: BuildTarget) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.errors import DllmExportError, IncompatibleError, ResourceError
-from dllm_export.graphs import TensorType
+from dllm_export.graphs import TensorSpec, TensorType, engine_specs
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.cuda import (
     REMEDIES,
@@ -34,6 +34,7 @@ from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines
 from dllm_export.runtime.tensorrt.engine import ALIGNMENT, Context, Engine, to_engine_type
 from dllm_export.runtime.tensorrt.library import Flavour, TensorRt, current_platform, find_library
 from dllm_export.runtime.tensorrt.profiles import choose_profile, measure_sizes
+from dllm_export.runtime.tensorrt.stages import split_call, whole_graph
 
 NUMPY_TYPES: Mapping[str, Any] = {
     "float32": np.float32,
@@ -135,6 +136,7 @@ class TensorRtSession:
         self._weights: dict[int, DeviceMemory] = {}
         self._contexts: WeakValueDictionary[object, Context] = WeakValueDictionary()
         self._buffers: WeakSet[DeviceMemory] = WeakSet()
+        self._handed: dict[object, CudaBuffer] = {}
         try:
             self._library, self._engines = self._load_engines()
             scratch = max(engine.scratch_bytes for engine in self._engines.values())
@@ -155,10 +157,11 @@ class TensorRtSession:
     def _load_engines(self) -> tuple[TensorRt, dict[str, Engine]]:
         library, records = find_engines(self._bundle)
         self._runtime = library.create(library.module.Runtime)
+        specs = engine_specs(self._bundle.specs, staged=library.staged)
         dtype, engines = self._bundle.manifest.dtype, {}
         for graph, record in records.items():
             plan = self._bundle.file(record.file).read_bytes()
-            engines[graph] = Engine(library, self._runtime, record, plan, self._bundle.specs[graph], dtype)
+            engines[graph] = Engine(library, self._runtime, record, plan, specs[graph], dtype)
         return library, engines
 
     def _require_memory(self, weights: int, scratch: int) -> None:
@@ -194,7 +197,7 @@ class TensorRtSession:
         return CudaBuffer(memory, dims, kind, self.stream)
 
     def prepare(self, calls: Sequence[GraphCall]) -> StepProgram:
-        runs = tuple(self._bind(call) for call in calls)
+        runs = tuple(self._bind(stage) for call in calls for stage in self._stage_calls(call))
         return StepProgram(self, runs, describe_calls(calls))
 
     def inspect(self) -> SessionReport:
@@ -225,6 +228,7 @@ class TensorRtSession:
         ):
             memory.free()
         self._weights.clear()
+        self._handed.clear()
         self._engines = {}
         self.stream.close()
 
@@ -234,6 +238,19 @@ class TensorRtSession:
         self.titles.pop(program, None)
 
     # -- a call as addresses
+    def _stage_calls(self, call: GraphCall) -> Iterator[GraphCall]:
+        """The call itself, or one for each stage of a graph that this library runs in stages."""
+        if call.graph in self._engines:
+            return iter((call,))
+        return split_call(call, self._bundle.specs[call.graph], self._hand_over)
+
+    def _hand_over(self, graph: str, tensor: TensorSpec, dims: tuple[int, ...]) -> CudaBuffer:
+        """What one stage leaves for the next; calls run one after the other, so that all layers share it."""
+        key = (graph, tensor.name, dims)
+        if key not in self._handed:
+            self._handed[key] = self.allocate(dims, tensor.type)
+        return self._handed[key]
+
     def _bind(self, call: GraphCall) -> EngineRun:
         engine = self._engines[call.graph]
         buffers: dict[str, CudaBuffer] = {}
@@ -268,9 +285,12 @@ class TensorRtSession:
         return context
 
     def _weight_addresses(self, call: GraphCall) -> dict[str, int]:
-        layer = call.layer if call.graph.startswith("layer_") else None
-        arrays = self._bundle.graph_weights(call.graph, layer)
-        return {name: self._weights[array.__array_interface__["data"][0]].address for name, array in arrays.items()}
+        graph = whole_graph(call.graph)
+        arrays = self._bundle.graph_weights(graph, call.layer if graph.startswith("layer_") else None)
+        return {
+            weight.name: self._weights[arrays[weight.name].__array_interface__["data"][0]].address
+            for weight in self._engines[call.graph].spec.weights
+        }
 
     def _discarded(self, context: Context, name: str) -> tuple[str, DeviceMemory]:
         """Memory for an output that nobody reads: engines write all of theirs."""
@@ -296,7 +316,8 @@ def find_engines(bundle: Bundle) -> tuple[TensorRt, dict[str, Any]]:
             cuda=driver_cuda(),
         )
         try:
-            return library, choose_engines(bundle.manifest.engines, bundle.specs, host, str(bundle.path))
+            specs = engine_specs(bundle.specs, staged=library.staged)
+            return library, choose_engines(bundle.manifest.engines, specs, host, str(bundle.path))
         except IncompatibleError as error:
             reasons.append(error)
     if not reasons:

@@ -48,6 +48,15 @@ class TensorRt:
         """Whether the numbers' types come from the graph alone; 8.6 must be told (exporter/precision.py)."""
         return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
+    @property
+    def staged(self) -> bool:
+        """Whether layers that read cached keys run as two engines: 8.6 would compute the whole of one in float32.
+
+        Its builder offers such a graph to its code generator with float32 inputs alone, and then converts all weights at
+        every call; either half of it is taken in float16 (docs/tensorrt.md).
+        """
+        return not self.strongly_typed
+
     def network_flags(self) -> int:
         """Explicit batch and strong typing, as far as this release has them as flags."""
         flags = self.module.NetworkDefinitionCreationFlag

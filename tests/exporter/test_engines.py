@@ -22,10 +22,10 @@ from dllm_export.exporter.options import ExportOptions, ExportType
 from dllm_export.exporter.pipeline import export
 from dllm_export.exporter.plans import build_plan
 from dllm_export.exporter.ranges import make_profiles
-from dllm_export.graphs import DType, ModelShape, graph_specs
+from dllm_export.graphs import DType, ModelShape, engine_specs, graph_specs
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.manifest import encode_manifest
-from dllm_export.runtime.tensorrt.library import current_platform, load_tensorrt
+from dllm_export.runtime.tensorrt.library import TensorRt, current_platform, load_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
 
@@ -92,6 +92,19 @@ def test_all_engines_of_the_8b_shape_are_small(dtype: DType, llada_8b: ModelShap
         for name, spec in graph_specs(llada_8b).items()
     }
     assert sum(map(len, plans.values())) < 20_000_000
+
+
+def test_a_library_that_needs_stages_gets_an_engine_of_each(
+    unbuilt: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only 8.6 does, which builds on a GPU alone; here its successor compiles the same stages."""
+    monkeypatch.setattr(TensorRt, "staged", True)
+    built = build_engines(copy_bundle(unbuilt, tmp_path), RTX)
+    wanted = engine_specs(unbuilt.specs, staged=True)
+    assert [record.graph for record in built.manifest.engines] == list(wanted)
+    assert {"layer_partial.project", "layer_partial.finish"} < wanted.keys()
+    assert "layer_partial" not in wanted
+    assert build_engines(built, RTX).manifest == built.manifest
 
 
 # -- again
