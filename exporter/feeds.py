@@ -42,6 +42,11 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "bias": np.zeros(shape.vocab),
         "cfg_scale": np.array([1.5]),
         "guidance": rng.standard_normal((BATCH, rows, shape.hidden)) * 0.1,
+        "distribution": np.log(rng.dirichlet(np.ones(shape.vocab), (BATCH, BUDGET))),
+        "credit": rng.random((BATCH, BUDGET, shape.vocab)),
+        "credit_decay": np.array([0.8]),
+        "credit_power": np.array([0.2]),
+        "credit_weight": np.array([0.7]),
     }
     feeds = {}
     for tensor in spec.inputs:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dllm_export.graphs import picking, steps
+from dllm_export.graphs import heads, picking, steps
 from dllm_export.graphs.shape import ModelShape
 
 TensorType = Literal["compute", "float32", "int32", "int64", "bool"]
@@ -49,6 +49,9 @@ class GraphSpec:
         """The input, weight or output of this name."""
         return next(spec for spec in (*self.inputs, *self.weights, *self.outputs) if spec.name == name)
 
+
+HeadGraph = Literal["head", "head_tracked", "head_credited"]
+"""What a decoding rule may take its statistics from; the loop adds guidance where it is on."""
 
 PROJECTIONS = ("norm1", "qk", "v", "qk_bias", "v_bias")
 """Weights that a layer's first stage uses; its second stage has the others."""
@@ -95,6 +98,12 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     def positions(name: str, count: str) -> TensorSpec:
         return TensorSpec(name, "int32", ("B", count))
 
+    def per_row(name: str) -> TensorSpec:
+        return TensorSpec(name, "float32", ("B", "Q"))
+
+    def every_token(name: str) -> TensorSpec:
+        return TensorSpec(name, "float32", ("B", "Q", shape.vocab))
+
     def query(name: str) -> TensorSpec:
         return TensorSpec(name, "compute", ("B", "Q", shape.heads, shape.head_dim))
 
@@ -107,12 +116,13 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     cache = (rows("key", "S", kv), rows("value", "S", kv))
     cache_out = (rows("key_out", "S", kv), rows("value_out", "S", kv))
     candidates = (rows("hidden", "X", d), positions("index", "Q"), TensorSpec("bias", "float32", (shape.vocab,)))
+    guided = (*candidates, rows("guidance", "X", d), TensorSpec("cfg_scale", "compute", (1,)))
     statistics = (
         positions("token", "Q"),
-        *(TensorSpec(name, "float32", ("B", "Q")) for name in ("confidence", "margin", "entropy")),
+        *(per_row(name) for name in ("confidence", "margin", "entropy")),
         TensorSpec("top_tokens", "int32", ("B", "Q", top)),
         TensorSpec("top_logits", "float32", ("B", "Q", top)),
-        TensorSpec("logsumexp", "float32", ("B", "Q")),
+        per_row("logsumexp"),
     )
     graphs = (
         GraphSpec("embed", (positions("tokens", "X"),), (table,), (rows("hidden_out", "X", d),), steps.embed),
@@ -230,13 +240,25 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
             (rows("guidance_out", "X", d),),
             steps.guidance,
         ),
-        GraphSpec("head", candidates, classifier, statistics, partial(steps.head, top=top)),
+        GraphSpec("head", candidates, classifier, statistics, partial(heads.head, top=top)),
+        GraphSpec("head_guided", guided, classifier, statistics, partial(heads.head, top=top)),
         GraphSpec(
-            "head_guided",
-            (*candidates, rows("guidance", "X", d), TensorSpec("cfg_scale", "compute", (1,))),
+            "head_tracked",
+            (*guided, every_token("distribution")),
             classifier,
-            statistics,
-            partial(steps.head, top=top),
+            (*statistics, every_token("distribution_out"), per_row("divergence"), per_row("similarity")),
+            partial(heads.head_tracked, top=top),
+        ),
+        GraphSpec(
+            "head_credited",
+            (
+                *guided,
+                every_token("credit"),
+                *(TensorSpec(f"credit_{name}", "float32", (1,)) for name in ("decay", "power", "weight")),
+            ),
+            classifier,
+            (*statistics, every_token("credit_out")),
+            partial(heads.head_credited, top=top),
         ),
     )
     return {graph.name: graph for graph in graphs}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.errors import OverflowedError, UsageError
+from dllm_export.errors import OverflowedError, StrategyError, UsageError
+from dllm_export.graphs import HeadGraph
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.clock import Clock
 from dllm_export.runtime.head import Candidates, Head, bucket
@@ -87,7 +88,7 @@ class Decoder:
         rows = [np.flatnonzero(mask) for mask in masked]
         for sequence, places in enumerate(rows):
             index[sequence, : len(places)] = places
-        candidates = self._candidates(hidden, index, self._banned)
+        candidates = self._evidence(hidden, index, span, block_step)
         last = self._ranked_last
         ranked = self._candidates(hidden, index, self._banned | last) if last else candidates
         for sequence, places in enumerate(rows):
@@ -116,6 +117,8 @@ class Decoder:
                 confidence=proposal.confidence,
                 second=share(candidates, sequence, len(places), 1),
                 entropy=candidates.entropy[sequence, : len(places)].astype(np.float64),
+                divergence=_moved(candidates.divergence, sequence, len(places), first=block_step == 1),
+                similarity=_moved(candidates.similarity, sequence, len(places), first=block_step == 1),
                 decided=decided,
                 decided_confidence=self.confidence[sequence, decided],
                 memory=self._memories[sequence],
@@ -150,15 +153,37 @@ class Decoder:
         self.response[filled] = self._special.eos
         return filled
 
+    def _evidence(self, hidden: Buffer, index: NDArray[np.int32], span: tuple[int, int], block_step: int) -> Candidates:
+        """The rule's head on the candidates [B, n]. With a state it runs on the whole block, so that a row keeps its place."""
+        graph = self._transfer.head
+        if graph == "head":
+            return self._candidates(hidden, index, self._banned)
+        start, end = span
+        block = np.tile(np.arange(start, end, dtype=np.int32), (len(index), 1))
+        numbers = self._transfer.head_inputs(block_step)
+        self._clock.time(self._head.prepare_state(graph, hidden, block, self._banned, numbers))
+        read = self._clock.time(lambda: self._head.read(end - start, tracked=graph == "head_tracked"))
+        return _check_finite(read.take(np.maximum(index - start, 0)))
+
     def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
         guided = self._options.cfg_scale > 0
         self._clock.time(self._head.prepare(hidden, index, banned, guided=guided))
-        candidates = self._clock.time(lambda: self._head.read(index.shape[1]))
-        if not np.isfinite(candidates.logsumexp).all():
-            raise OverflowedError(
-                "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
-            )
-        return candidates
+        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1])))
+
+
+def _moved(values: NDArray[np.float32] | None, sequence: int, count: int, *, first: bool) -> NDArray[np.float64] | None:
+    """A statistic of two steps for the first `count` candidates; the first step of a block has no step before it."""
+    if values is None:
+        return None
+    return np.full(count, np.nan) if first else values[sequence, :count].astype(np.float64)
+
+
+def _check_finite(candidates: Candidates) -> Candidates:
+    if not np.isfinite(candidates.logsumexp).all():
+        raise OverflowedError(
+            "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
+        )
+    return candidates
 
 
 def is_foreseen(options: GenerationOptions, transfer: Transfer) -> bool:
@@ -167,7 +192,12 @@ def is_foreseen(options: GenerationOptions, transfer: Transfer) -> bool:
 
 
 def check_options(options: GenerationOptions, transfer: Transfer) -> None:
-    """Refuse options that this rule would ignore or break."""
+    """Refuse options that this rule would ignore or break, and a rule that asks for what there is not."""
+    if transfer.head not in get_args(HeadGraph):
+        raise StrategyError(
+            f"the decoding rule '{transfer.name}' asks for the head {transfer.head!r}, expected one of: "
+            f"{', '.join(get_args(HeadGraph))}"
+        )
     if options.steps is not None and not transfer.keeps_schedule:
         raise UsageError(
             f"--steps has no effect with --transfer {transfer.name}, which commits as many tokens in a step as it "
@@ -177,6 +207,11 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
         raise UsageError(
             f"--remasking {options.remasking} has no effect with --transfer {transfer.name}, which goes by its own formula: "
             f"leave it out, or take --transfer quota"
+        )
+    if options.confidence_eos_eot_inf and transfer.head == "head_credited":
+        raise UsageError(
+            f"--confidence-eos-eot-inf does not go with --transfer {transfer.name}: its credit belongs to the distribution "
+            f"with the end tokens, and there is none without them: leave it out"
         )
     if options.early_stop and transfer.remasks:
         raise UsageError(

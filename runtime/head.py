@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.graphs import TOP_TOKENS, ModelShape, TensorType
+from dllm_export.graphs import TOP_TOKENS, HeadGraph, ModelShape, TensorType
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
+
+STATES: Mapping[HeadGraph, str] = {"head_tracked": "distribution", "head_credited": "credit"}
+"""Graph -> the state that it takes and returns."""
+
+STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_logits", "logsumexp")
 
 BANNED = -1e30
 """Logit bias of a token that must not be chosen; its probability is exactly 0 in float32."""
@@ -23,20 +29,33 @@ class Candidates:
     top_logits: NDArray[np.float32]  # [B, Q, K]
     logsumexp: NDArray[np.float32]  # [B, Q]
     entropy: NDArray[np.float32]  # [B, Q], in nats
+    divergence: NDArray[np.float32] | None = None  # [B, Q] KL(p || p of the step before), in nats, of `head_tracked`
+    similarity: NDArray[np.float32] | None = None  # [B, Q] cosine of the two
+
+    def take(self, index: NDArray[np.int32]) -> Candidates:
+        """The statistics of these places among the candidates [B, n]."""
+        sequence = np.arange(len(index))[:, None]
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: array[sequence, index] for name, array in arrays.items() if array is not None})
 
 
 class Head:
-    """Runs `head`, or `head_guided` where a guidance residual is given, on rows of the response."""
+    """Runs a head graph on rows of the response: `head`, `head_guided` where guidance is on, or one that keeps a state.
+
+    The state of `head_tracked` and `head_credited` is a row per candidate and a number per token, in two halves: a run reads
+    one and writes the other.
+    """
 
     def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
         self._session, self._shape, self._request = session, shape, request
         self._top = min(TOP_TOKENS, shape.vocab)
         self._buffers: dict[tuple[str, int], Buffer] = {}
-        self._programs: dict[tuple[int, int, bool, frozenset[int]], Program] = {}
+        self._programs: dict[tuple[object, ...], Program] = {}
         self._bias: dict[frozenset[int], Buffer] = {}
         dims = (request.batch, request.response_rows, shape.hidden)
         self.guidance = session.allocate(dims, "compute")
         self._scale = session.allocate((1,), "compute")
+        self._half = 0
 
     def set_guidance_scale(self, scale: float) -> None:
         """The guidance scale of the next runs."""
@@ -46,29 +65,48 @@ class Head:
         """The program for candidate rows `index` [B, Q] of `hidden` [B, R, D]; `banned` tokens are never proposed."""
         count = index.shape[1]
         self._output("index", count).write(index)
-        key = (id(hidden), count, guided, banned)
+        key: tuple[object, ...] = (id(hidden), count, guided, banned)
         if key not in self._programs:
             tensors = {
                 "hidden": hidden,
                 "bias": self._bias_buffer(banned),
-                **{
-                    name: self._output(name, count)
-                    for name in (
-                        "index",
-                        "token",
-                        "confidence",
-                        "margin",
-                        "entropy",
-                        "top_tokens",
-                        "top_logits",
-                        "logsumexp",
-                    )
-                },
+                **{name: self._output(name, count) for name in ("index", *STATISTICS)},
             }
             if guided:
                 tensors |= {"guidance": self.guidance, "cfg_scale": self._scale}
             call = GraphCall("head_guided" if guided else "head", None, tensors)
             self._programs[key] = self._session.prepare([call])
+        return self._programs[key]
+
+    def prepare_state(
+        self,
+        graph: HeadGraph,
+        hidden: Buffer,
+        index: NDArray[np.int32],
+        banned: frozenset[int],
+        scalars: Mapping[str, float],
+    ) -> Program:
+        """The program of a graph that keeps a state, which counts as written after it; `scalars` are inputs by name."""
+        count, half = index.shape[1], self._half
+        self._output("index", count).write(index)
+        for name, value in scalars.items():
+            self._scalar(name).write(np.array([value], np.float32))
+        key = (graph, id(hidden), count, banned, half)
+        if key not in self._programs:
+            state = STATES[graph]
+            outputs = (*STATISTICS, *(("divergence", "similarity") if graph == "head_tracked" else ()))
+            tensors = {
+                "hidden": hidden,
+                "bias": self._bias_buffer(banned),
+                "guidance": self.guidance,
+                "cfg_scale": self._scale,
+                state: self._output(f"{state}.{half}", count),
+                f"{state}_out": self._output(f"{state}.{1 - half}", count),
+                **{name: self._output(name, count) for name in ("index", *outputs)},
+                **{name: self._scalar(name) for name in scalars},
+            }
+            self._programs[key] = self._session.prepare([GraphCall(graph, None, tensors)])
+        self._half = 1 - half
         return self._programs[key]
 
     def prepare_guidance(self, conditional: Buffer, unconditional: Buffer) -> Program:
@@ -79,13 +117,15 @@ class Head:
             self._programs[key] = self._session.prepare([GraphCall("guidance", None, tensors)])
         return self._programs[key]
 
-    def read(self, count: int) -> Candidates:
+    def read(self, count: int, *, tracked: bool = False) -> Candidates:
         """The statistics of the last run with this many candidate rows."""
+        moved = ("divergence", "similarity") if tracked else ()
         return Candidates(
             self._output("top_tokens", count).read(),
             self._output("top_logits", count).read(),
             self._output("logsumexp", count).read(),
             self._output("entropy", count).read(),
+            *(self._output(name, count).read() for name in moved),
         )
 
     def _output(self, name: str, count: int) -> Buffer:
@@ -93,9 +133,16 @@ class Head:
             dims: tuple[int, ...] = (self._request.batch, count)
             if name in ("top_tokens", "top_logits"):
                 dims = (*dims, self._top)
+            if name.partition(".")[0] in STATES.values():
+                dims = (*dims, self._shape.vocab)
             type: TensorType = "int32" if name in ("index", "token", "top_tokens") else "float32"
             self._buffers[name, count] = self._session.allocate(dims, type)
         return self._buffers[name, count]
+
+    def _scalar(self, name: str) -> Buffer:
+        if (name, 1) not in self._buffers:
+            self._buffers[name, 1] = self._session.allocate((1,), "float32")
+        return self._buffers[name, 1]
 
     def _bias_buffer(self, banned: frozenset[int]) -> Buffer:
         if banned not in self._bias:

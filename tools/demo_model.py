@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dllm_export.graphs import TOP_TOKENS, ModelShape, TensorSpec, graph_specs, layer_weights
+from dllm_export.graphs.heads import head
 from dllm_export.graphs.layers import normalize
-from dllm_export.graphs.steps import embed, head, layer_full
+from dllm_export.graphs.steps import embed, layer_full
 from dllm_export.graphs.torch_ops import TorchOps
 from dllm_export.tools.problems import KINDS
 from dllm_export.tools.worksheets import Sheets, Worksheet, grade

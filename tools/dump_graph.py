@@ -39,6 +39,8 @@ CALLED_WITH: Mapping[str, str] = {
     "guidance": "--cfg-scale 1.5",
     "head": "--cfg-scale 0",
     "head_guided": "--cfg-scale 1.5",
+    "head_tracked": "--transfer klass",
+    "head_credited": "--transfer credit",
 }
 """Flags with which a generation of a few steps calls a graph; the others are called by every generation."""
 

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dllm_export.runtime.transfers.apd import AdaptiveThreshold
+from dllm_export.runtime.transfers.credit import Credit
 from dllm_export.runtime.transfers.entropy_bound import EntropyBound
 from dllm_export.runtime.transfers.factor import Factor
 from dllm_export.runtime.transfers.hierarchy import Hierarchy
+from dllm_export.runtime.transfers.klass import Klass
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.threshold import Threshold
 from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
 
-ALL: tuple[type[Transfer], ...] = (Quota, Threshold, Factor, EntropyBound, Hierarchy)
+ALL: tuple[type[Transfer], ...] = (
+    Quota,
+    Threshold,
+    Factor,
+    EntropyBound,
+    Hierarchy,
+    Klass,
+    AdaptiveThreshold,
+    Credit,
+)
 TRANSFERS: Mapping[str, type[Transfer]] = {transfer.name: transfer for transfer in ALL}
 
 __all__ = [
     "TRANSFERS",
+    "AdaptiveThreshold",
     "Choice",
+    "Credit",
     "EntropyBound",
     "Factor",
     "Hierarchy",
+    "Klass",
     "Quota",
     "Threshold",
     "Transfer",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dllm_export.graphs import HeadGraph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,6 +34,10 @@ class TransferState:
     entropy: NDArray[np.float64]  # [n] of the row's distribution, in nats
     decided: NDArray[np.int64]  # [m] rows that were decided in earlier steps; none that was given
     decided_confidence: NDArray[np.float64]  # [m] their confidence when they were committed
+    divergence: NDArray[np.float64] | None = None
+    """[n] KL(p || p of the step before) in nats, of `head_tracked`; nan in the first step of a block."""
+    similarity: NDArray[np.float64] | None = None
+    """[n] Cosine of p and p of the step before, of `head_tracked`; nan in the first step of a block."""
     memory: Any = None
     """What the rule's last choice for this sequence wanted to see again; None at first."""
 
@@ -57,6 +64,13 @@ class Transfer(Protocol):
     """Whether the rule looks at `ranking`, so that `--remasking` means something."""
     remasks: ClassVar[bool] = False
     """Whether the rule may mask decided rows again."""
+
+    head: ClassVar[HeadGraph] = "head"
+    """Which head graph gives the statistics. One that keeps a state runs on every row of the block."""
+
+    def head_inputs(self, block_step: int) -> Mapping[str, float]:
+        """Numbers that the head graph takes in this step of a block, by name: those of `head_credited`."""
+        return {}
 
     def choose(self, state: TransferState) -> Choice:
         """The rows to commit; the same state always gives the same choice."""

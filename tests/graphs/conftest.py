@@ -71,6 +71,11 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "budget": np.array([3]),
         "forced": rng.random((SIZES["B"], alive)) < 0.15,
         "cfg_scale": np.array([1.5]),
+        "distribution": np.log(rng.dirichlet(np.ones(shape.vocab), (SIZES["B"], sizes["Q"]))),
+        "credit": rng.random((SIZES["B"], sizes["Q"], shape.vocab)) * 3,
+        "credit_decay": np.array([0.8]),
+        "credit_power": np.array([0.2]),
+        "credit_weight": np.array([0.7]),
     }
 
 

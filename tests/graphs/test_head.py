@@ -107,3 +107,84 @@ def test_the_guidance_residual_gives_the_logits_of_classifier_free_guidance(
     np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(guided).sum(-1)), rtol=0, atol=EXACT)
     if scale == 0:
         np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(conditional).sum(-1)), rtol=0, atol=EXACT)
+
+
+STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_logits", "logsumexp")
+
+
+def biased_logits(shape: ModelShape, feeds: Feeds) -> Array:
+    """Logits of the candidate rows with guidance and bias."""
+    chosen = feeds["index"][:, :, None].astype(np.int64)
+    rows = normalize(shape, np.take_along_axis(feeds["hidden"], chosen, axis=1), feeds["norm"])
+    rows = rows + feeds["cfg_scale"] * np.take_along_axis(feeds["guidance"], chosen, axis=1)
+    head = feeds["embedding"].T if shape.tied_head else feeds["head"]
+    logits: Array = rows @ head * shape.logits_scale + feeds["bias"]
+    return logits
+
+
+@pytest.mark.parametrize("reading", ["float64", "onnxruntime"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "tied", "scaled"])
+def test_a_tracked_head_measures_how_far_a_row_moved(
+    shape: ModelShape, reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    """Two steps, the second against what the first returned; a banned token is banned in both."""
+    tolerance = EXACT if reading == "float64" else 2e-5
+    feeds = draw_feeds(shape, "head_tracked")
+    assert (feeds["bias"] < 0).any()
+    first = run_graph(reading, shape, "head_tracked", feeds)
+    before = probabilities(biased_logits(shape, feeds))
+    later = feeds | {"hidden": draw_feeds(shape, "head_tracked", seed=1)["hidden"]}
+    later["distribution"] = first["distribution_out"]
+    second = run_graph(reading, shape, "head_tracked", later)
+    now = probabilities(biased_logits(shape, later))
+    some = now > 0
+    logs = np.log(np.where(some, now, 1.0)) - np.log(np.where(some, before, 1.0))
+    cosine = (now * before).sum(-1) / np.linalg.norm(now, axis=-1) / np.linalg.norm(before, axis=-1)
+    np.testing.assert_allclose(np.exp(first["distribution_out"]), before, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(second["divergence"], (now * logs).sum(-1), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(second["similarity"], cosine, rtol=0, atol=tolerance)
+    still = run_graph(reading, shape, "head_tracked", feeds | {"distribution": first["distribution_out"]})
+    np.testing.assert_allclose(still["divergence"], 0, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(still["similarity"], 1, rtol=0, atol=tolerance)
+
+
+def test_probabilities_too_small_for_float32_still_compare(draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    feeds = draw_feeds(PLAIN, "head_tracked")
+    feeds["head"] = feeds["head"] * 60
+    logits = biased_logits(PLAIN, feeds)
+    assert (probabilities(logits - feeds["bias"]).min(-1) < 1e-60).all(), "nothing is too small here"
+    feeds["distribution"] = np.log(probabilities(logits[:, ::-1]) + 1e-300)
+    found = run_graph("onnxruntime", PLAIN, "head_tracked", feeds)
+    assert np.isfinite(found["divergence"]).all()
+    assert (found["divergence"] > 1).any()
+
+
+@pytest.mark.parametrize("reading", ["float64", "onnxruntime"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "tied", "scaled"])
+def test_a_credited_head_gives_the_statistics_of_the_fused_logits(
+    shape: ModelShape, reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    tolerance = EXACT if reading == "float64" else 5e-5
+    feeds = draw_feeds(shape, "head_credited")
+    found = run_graph(reading, shape, "head_credited", feeds)
+    logits = biased_logits(shape, feeds)
+    share, credit = probabilities(logits), feeds["credit"] * 0.8
+    for place in np.ndindex(share.shape[:2]):
+        credit[(*place, share[place].argmax())] += share[place].max() ** 0.2
+    fused = logits + 0.7 * np.log(1 + credit)
+    expected = probabilities(fused)
+    np.testing.assert_allclose(found["credit_out"], credit, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(found["confidence"], expected.max(-1), rtol=0, atol=tolerance)
+    assert found["token"].tolist() == expected.argmax(-1).tolist()
+    top = np.sort(fused, axis=-1)[..., ::-1]
+    np.testing.assert_allclose(found["top_logits"][..., :-1], top[..., :-1], rtol=0, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("graph", ["head_tracked", "head_credited"])
+def test_a_head_with_a_state_has_the_statistics_of_the_guided_head(
+    graph: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(PLAIN, graph) | {"credit_weight": np.zeros(1)}
+    found, expected = (run_graph("float64", PLAIN, name, feeds) for name in (graph, "head_guided"))
+    for name in STATISTICS:
+        np.testing.assert_array_equal(found[name], expected[name])

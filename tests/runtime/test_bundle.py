@@ -20,7 +20,7 @@ from dllm_export.exporter.pack import list_files
 from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import ModelShape
 from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, open_bundle
-from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, WeightRecord, encode_manifest
+from dllm_export.runtime.manifest import FORMAT, MANIFEST, EngineRecord, FileRecord, WeightRecord, encode_manifest
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.session import SessionOptions
@@ -283,7 +283,7 @@ def use_everything(root: Path) -> None:
 
 
 def test_an_unknown_format_is_incompatible(rewrite: Rewrite) -> None:
-    refuse(rewrite(format=2), "format 2", error=IncompatibleError)
+    refuse(rewrite(format=FORMAT + 1), f"format {FORMAT + 1}", error=IncompatibleError)
 
 
 @pytest.mark.parametrize("name", ["embed", "layer_full", "head"])

@@ -55,6 +55,10 @@ class Remasking(Given):
     remasks = True
 
 
+class Headless(Given):
+    head = "heads"  # type: ignore[assignment]
+
+
 class ScheduledRemasking(Given):
     keeps_schedule, remasks = True, True
 
@@ -120,6 +124,7 @@ class Writing(Transfer):
             r"the decoding rule 'failing' failed in step 1 of a block with KeyError: 1; use another --transfer",
         ),
         (Writing(), "the decoding rule 'writing' failed .* read-only"),
+        (Headless(pick(0)), "the decoding rule 'given' asks for the head 'heads', expected one of: head, head_tracked"),
         (Given(pick(99)), "the decoding rule 'given' made a wrong choice in step 1 of a block: its commits reach"),
     ],
     ids=lambda value: getattr(value, "name", None),

@@ -55,6 +55,8 @@ def states(draw: st.DrawFn) -> TransferState:
         entropy=some(st.integers(0, 8).map(lambda n: n / 16)),
         decided=np.zeros(0, np.int64),
         decided_confidence=np.zeros(0),
+        divergence=np.full(count, np.nan),
+        similarity=np.full(count, np.nan),
     )
 
 

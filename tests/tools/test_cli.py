@@ -299,6 +299,8 @@ def test_every_policy_generates(name: str, generate: Invoke) -> None:
 CACHED = "--policy dllm-cache"
 BLOCKS = "--block-length 4 --policy"
 GREEDY = "--remasking random --refresh-interval 0 --policy dkv-greedy"
+KLASS = "--transfer klass --threshold 0 --kl-limit 9"
+CREDIT = "--transfer credit --threshold 0.2"
 EFFECTS = {
     # flag: (command line without it, with it, what differs in the JSON)
     "--steps": ("", "--steps 8", "passes"),
@@ -328,6 +330,13 @@ EFFECTS = {
     "--gamma": ("--transfer entropy-bound", "--transfer entropy-bound --gamma 50", "passes"),
     "--low": ("--transfer hierarchy", "--transfer hierarchy --low 0.01 --high 0.9", "passes"),
     "--high": ("--transfer hierarchy", "--transfer hierarchy --low 0 --high 0.01", "passes"),
+    "--kl-limit": (KLASS, f"{KLASS} --kl-limit 0", "passes"),
+    "--kl-steps": (KLASS, f"{KLASS} --kl-steps 5", "passes"),
+    "--alpha": ("--transfer apd", "--transfer apd --alpha 0.5", "passes"),
+    "--beta": ("--transfer apd --alpha 0.05", "--transfer apd --alpha 0.05 --beta 9", "passes"),
+    "--credit-weight": (CREDIT, f"{CREDIT} --credit-weight 9", "confidence"),
+    "--credit-decay": (CREDIT, f"{CREDIT} --credit-decay 0", "confidence"),
+    "--credit-power": (CREDIT, f"{CREDIT} --credit-power 3", "confidence"),
     "--provider": ("", "--provider torch", "settings"),
     "--threads": ("", "--threads 2", "settings"),
     "--prepack": ("--prepack on", "--prepack off", "settings"),
@@ -354,7 +363,7 @@ def test_no_flag_of_generate_goes_untested() -> None:
 
 # -- wrong input
 WRONG = {
-    "--prompt a --transfer treshold": "there are: quota, threshold, factor, entropy-bound, hierarchy; did you mean threshold?",
+    "--prompt a --transfer treshold": "; did you mean threshold?",
     "--prompt a --threshold 0.5": "--threshold is no option of the decoding rule 'quota', it belongs to: threshold",
     "--prompt a --transfer threshold --steps 4": "--steps has no effect with --transfer threshold",
     "--prompt a --policy dlm-cache": f"there are: {', '.join(POLICIES)}; did you mean dllm-cache?",

@@ -1,0 +1,125 @@
+"""The head graphs: alive rows to sampling statistics of candidate rows; names, dims and types stand in graphs/catalog.py.
+
+Logits [B, Q, V] never leave a graph. What needs the whole distribution of the step before gets it as a state in the provider's
+memory, which comes in and goes out as the caches of a layer do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic
+
+from dllm_export.graphs.layers import normalize
+from dllm_export.graphs.ops import Ops, T
+from dllm_export.graphs.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax(Generic[T]):
+    """The softmax of logits at temperature 1 before its division, in float32: probability = weights / total."""
+
+    shifted: T  # [B, Q, V] logits less their maximum
+    weights: T  # [B, Q, V] exp of it
+    total: T  # [B, Q]
+    log_total: T  # [B, Q]
+
+
+def head(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
+    """Candidate rows to sampling statistics.
+
+    `index` names the candidates among the alive rows; `bias` [V] is added to the logits (-1e30 bans a token);
+    `guidance` and `cfg_scale`, where given, add the guidance residual. Confidence, entropy (nats) and logsumexp are of
+    the softmax at temperature 1; margin is the probability gap of the two best tokens.
+    """
+    product = _classify(ops, shape, t)
+    with ops.scope("statistics"):
+        logits = _logits(ops, shape, product, t)
+        return _statistics(ops, logits, _softmax(ops, logits), top)
+
+
+def head_tracked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
+    """`head`, and how far each row moved since the step before.
+
+    `distribution` holds log p of the last step, so that probabilities too small for float32 still compare. Divergence is
+    KL(p || former p) in nats (KLASS, arXiv 2511.05664), similarity their cosine (Dynamic-dLLM, arXiv 2606.26120).
+    """
+    product = _classify(ops, shape, t)
+    with ops.scope("statistics"):
+        logits = _logits(ops, shape, product, t)
+        softmax = _softmax(ops, logits)
+        share = ops.div(softmax.weights, ops.unsqueeze(softmax.total, 2))
+        log_share = ops.sub(softmax.shifted, ops.unsqueeze(softmax.log_total, 2))
+        former = ops.exp(t["distribution"])
+        squares = (ops.sum(ops.mul(p, p), keep=False) for p in (share, former))
+        dot = ops.sum(ops.mul(share, former), keep=False)
+        # A banned token has p = 0 and a log p of -1e30 in both steps: it adds 0 * 0 and no nan.
+        divergence = ops.sum(ops.mul(share, ops.sub(log_share, t["distribution"])), keep=False)
+        return {
+            **_statistics(ops, logits, softmax, top),
+            "distribution_out": log_share,
+            "divergence": divergence,
+            "similarity": ops.mul(dot, ops.rsqrt(ops.mul(*squares), 0.0)),
+        }
+
+
+def head_credited(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
+    """`head` of logits to which the credit of past steps was added (CreditDecoding in dInfer, arXiv 2510.08666).
+
+    credit <- decay credit, plus max(p)^power at each row's best token; fused logits = logits + weight log(1 + credit).
+    """
+    product = _classify(ops, shape, t)
+    with ops.scope("statistics"):
+        logits = _logits(ops, shape, product, t)
+        _, best = ops.top(logits, 1)
+        tokens = ops.positions(ops.unsqueeze(t["bias"], 0))
+        # The best token's weight is 1, so that log max(p) is -log total.
+        earned = ops.exp(ops.mul(ops.scale(_softmax(ops, logits).log_total, -1.0), t["credit_power"]))
+        nothing = ops.fill(earned, 0.0)
+        earned = ops.where(ops.matches(best, tokens), ops.unsqueeze(earned, 2), nothing)
+        credit = ops.add(ops.mul(t["credit"], t["credit_decay"]), earned)
+        trust = ops.log(ops.add(credit, ops.fill(credit, 1.0)))
+        fused = ops.add(logits, ops.mul(trust, t["credit_weight"]))
+        return {**_statistics(ops, fused, _softmax(ops, fused), top), "credit_out": credit}
+
+
+def _classify(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> T:
+    """Candidate rows after the last norm, with the guidance residual where there is one, times the head [B, Q, V]."""
+    rows = normalize(ops, ops.take_rows(t["hidden"], t["index"]), t["norm"], shape.norm_eps)
+    if "guidance" in t:
+        rows = ops.add(rows, ops.mul(ops.take_rows(t["guidance"], t["index"]), t["cfg_scale"]))
+    return ops.matmul_transposed(rows, t["embedding"]) if shape.tied_head else ops.matmul(rows, t["head"])
+
+
+def _logits(ops: Ops[T], shape: ModelShape, product: T, t: Mapping[str, T]) -> T:
+    """The head's product as float32 logits, scaled and biased."""
+    logits = ops.widen(product)
+    if shape.logits_scale != 1.0:
+        logits = ops.scale(logits, shape.logits_scale)
+    return ops.add(logits, t["bias"])
+
+
+def _softmax(ops: Ops[T], logits: T) -> Softmax[T]:
+    shifted = ops.sub(logits, ops.max(logits, keep=True))
+    weights = ops.exp(shifted)
+    total = ops.sum(weights, keep=False)
+    return Softmax(shifted, weights, total, ops.log(total))
+
+
+def _statistics(ops: Ops[T], logits: T, softmax: Softmax[T], top: int) -> dict[str, T]:
+    """The outputs that all heads share."""
+    top_logits, top_tokens = ops.top(logits, top)
+    best = ops.column(top_logits, 0)
+    logsumexp = ops.add(best, softmax.log_total)
+    confidence = ops.exp(ops.sub(best, logsumexp))
+    second = ops.exp(ops.sub(ops.column(top_logits, 1), logsumexp))
+    mean = ops.div(ops.sum(ops.mul(softmax.weights, softmax.shifted), keep=False), softmax.total)
+    return {
+        "token": ops.column(top_tokens, 0),
+        "confidence": confidence,
+        "margin": ops.sub(confidence, second),
+        "entropy": ops.sub(softmax.log_total, mean),
+        "top_tokens": top_tokens,
+        "top_logits": top_logits,
+        "logsumexp": logsumexp,
+    }
