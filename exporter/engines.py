@@ -15,7 +15,6 @@ from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target, find_build_cuda
 from dllm_export.exporter.files import replace_file, require_writable
-from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.plans import build_plan, make_builder
 from dllm_export.exporter.ranges import check_fixed_sizes, make_profiles
 from dllm_export.exporter.timing import TIMING_CACHE
@@ -106,18 +105,10 @@ def find_missing(
     missing = {}
     for name, spec in specs.items():
         profiles = make_profiles(target.library.flavour, spec, bundle.manifest.shape.max_length, options)
-        key = _build_key(graph_bytes(bundle, spec), target, profiles)
+        key = _build_key(bundle.graph_bytes(spec.name), target, profiles)
         if key not in present:
             missing[name] = (profiles, key)
     return missing
-
-
-def graph_bytes(bundle: Bundle, spec: GraphSpec) -> bytes:
-    """A graph's ONNX: the bundle's file, or for a stage, which has none, the same as it would be written."""
-    if spec.name in bundle.specs:
-        return bundle.graph_bytes(spec.name)
-    onnx: bytes = build_onnx(spec, bundle.manifest.shape, bundle.manifest.dtype).SerializeToString()
-    return onnx
 
 
 def build_engine(
@@ -136,7 +127,7 @@ def build_engine(
         timing.parent.mkdir(parents=True, exist_ok=True)
     plan, flags = build_plan(
         library,
-        graph_bytes(bundle, spec),
+        bundle.graph_bytes(spec.name),
         spec,
         bundle.manifest.dtype,
         profiles,

@@ -16,7 +16,7 @@ from dllm_export.exporter.pack import list_files, replacing, require_space
 from dllm_export.exporter.probe import Probe
 from dllm_export.exporter.tokenizer import write_tokenizer
 from dllm_export.exporter.weights import FOLDER, StoredWeights, write_weights
-from dllm_export.graphs import DType, graph_specs
+from dllm_export.graphs import DType, graph_specs, with_stages
 from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, file_digest, open_bundle
 from dllm_export.runtime.manifest import (
     FORMAT,
@@ -86,14 +86,17 @@ def export(
 
 
 def write_graphs(checkpoint: Checkpoint, dtype: DType, root: Path) -> dict[str, GraphRecord]:
-    """Every graph twice: weights as inputs, and as initialisers whose data comes at opening. Kilobytes each."""
+    """Every graph twice: weights as inputs, and as initialisers whose data comes at opening. Kilobytes each.
+
+    Stages are for engines alone, which take weights as inputs.
+    """
     (root / "graphs").mkdir()
-    records = {}
-    for name, spec in graph_specs(checkpoint.config.shape).items():
+    records, whole = {}, graph_specs(checkpoint.config.shape)
+    for name, spec in with_stages(whole).items():
         file = f"graphs/{name}.onnx"
         (root / file).write_bytes(build_onnx(spec, checkpoint.config.shape, dtype).SerializeToString())
         inputs, weights, outputs = map(tensor_records, (spec.inputs, spec.weights, spec.outputs))
-        constant = f"graphs/{name}.constant.onnx" if spec.weights else None
+        constant = f"graphs/{name}.constant.onnx" if spec.weights and name in whole else None
         if constant is not None:
             places = {weight.name: ExternalTensor(PLACEHOLDER, 0, 0) for weight in spec.weights}
             (root / constant).write_bytes(build_onnx(spec, checkpoint.config.shape, dtype, places).SerializeToString())

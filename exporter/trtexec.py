@@ -14,7 +14,7 @@ from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_target import check_length
 from dllm_export.exporter.precision import check_dtype
 from dllm_export.exporter.ranges import check_fixed_sizes, input_ranges, make_profiles
-from dllm_export.graphs import DType, GraphSpec, graph_specs
+from dllm_export.graphs import DType, GraphSpec, engine_specs, graph_specs
 from dllm_export.runtime.manifest import Manifest
 from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour, TensorRt, choose_targets, find_library
 from dllm_export.runtime.tensorrt.profiles import Range
@@ -71,7 +71,7 @@ def list_commands(root: Path, manifest: Manifest, options: BuildOptions, tool: T
     """Graph and command line, for every graph of a bundle."""
     check_length(options, manifest.shape.max_length)
     flavour: Flavour = "tensorrt-rtx" if tool.name == "tensorrt_rtx" else "tensorrt"
-    specs = graph_specs(manifest.shape)
+    specs = engine_specs(graph_specs(manifest.shape), staged=tool.typing == "weak")
     check_fixed_sizes(specs, manifest.shape.max_length, options)
     for name, spec in specs.items():
         profiles = make_profiles(flavour, spec, manifest.shape.max_length, options)

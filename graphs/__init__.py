@@ -10,6 +10,7 @@ from dllm_export.graphs.catalog import (
     engine_specs,
     graph_specs,
     layer_weights,
+    with_stages,
 )
 from dllm_export.graphs.ops import Ops
 from dllm_export.graphs.shape import DType, ModelShape
@@ -27,4 +28,5 @@ __all__ = [
     "engine_specs",
     "graph_specs",
     "layer_weights",
+    "with_stages",
 ]

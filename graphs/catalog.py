@@ -83,6 +83,11 @@ def engine_specs(specs: Mapping[str, GraphSpec], *, staged: bool) -> dict[str, G
     return {spec.name: spec for stages in split for spec in stages}
 
 
+def with_stages(specs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
+    """All graphs by name, the stages of some included: what a bundle holds."""
+    return {**specs, **engine_specs(specs, staged=True)}
+
+
 def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     """Every graph of a model of this shape, by name."""
     d, kv, half = shape.hidden, shape.key_width, shape.head_dim // 2

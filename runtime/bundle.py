@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from dllm_export.errors import IntegrityError, UsageError
-from dllm_export.graphs import DType, GraphSpec, engine_specs, graph_specs
+from dllm_export.graphs import DType, GraphSpec, graph_specs, with_stages
 from dllm_export.runtime.manifest import (
     MANIFEST,
     EngineRecord,
@@ -131,8 +131,9 @@ def read_manifest(root: Path) -> Manifest:
 
 def check_graphs(bundle: Bundle) -> None:
     """Every graph that this version runs is there, with the signature that it runs."""
-    for name in bundle.specs.keys() | bundle.manifest.graphs.keys():
-        spec, record = bundle.specs.get(name), bundle.manifest.graphs.get(name)
+    specs = with_stages(bundle.specs)
+    for name in specs.keys() | bundle.manifest.graphs.keys():
+        spec, record = specs.get(name), bundle.manifest.graphs.get(name)
         if record is None:
             raise IntegrityError(f"graph '{name}' is missing from {MANIFEST}; export again")
         signature = (record.inputs, record.weights, record.outputs)
@@ -175,7 +176,7 @@ def check_engines(bundle: Bundle) -> None:
 
 def find_misstatement(manifest: Manifest, record: EngineRecord, specs: Mapping[str, GraphSpec]) -> str | None:
     """What an engine's record says that cannot be so, as words after "the engine"; None if there is nothing."""
-    known = {**specs, **engine_specs(specs, staged=True)}
+    known = with_stages(specs)
     if record.graph not in known:
         return "belongs to no graph that this version runs"
     if not record.file.startswith(ENGINES) or not any(file.path == record.file for file in manifest.files):

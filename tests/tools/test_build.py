@@ -236,6 +236,29 @@ def test_standard_tensorrt_without_the_cuda_bindings_gives_the_pip_line_before_a
     assert not (bundle / "engines").exists()
 
 
+IN_STAGES_WITHOUT_ONNX = """
+import sys
+sys.modules |= {"onnx": None, "torch": None}
+from dllm_export.runtime.tensorrt.library import TensorRt
+TensorRt.staged = True
+from dllm_export.tools.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_building_needs_neither_onnx_nor_torch_even_in_stages(bundle: Path) -> None:
+    """TensorRT 8.6 comes for Python 3.10 at most, where people have nothing else."""
+    command = [sys.executable, "-c", IN_STAGES_WITHOUT_ONNX, "build", bundle, *RTX]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {record.graph for record in open_bundle(bundle).manifest.engines} >= {
+        "layer_partial.project",
+        "layer_partial.finish",
+        "layer_adaptive.project",
+        "layer_adaptive.finish",
+    }
+
+
 # -- inspect
 def test_inspect_lists_the_engines(shell: Shell, bundle: Path) -> None:
     assert "compute capabilities" not in shell("inspect", bundle).out
