@@ -11,6 +11,7 @@ from dllm_export.runtime.transfers.factor import Factor
 from dllm_export.runtime.transfers.hierarchy import Hierarchy
 from dllm_export.runtime.transfers.klass import Klass
 from dllm_export.runtime.transfers.quota import Quota
+from dllm_export.runtime.transfers.slow_fast import SlowFast
 from dllm_export.runtime.transfers.threshold import Threshold
 from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
 
@@ -23,6 +24,7 @@ ALL: tuple[type[Transfer], ...] = (
     Klass,
     AdaptiveThreshold,
     Credit,
+    SlowFast,
 )
 TRANSFERS: Mapping[str, type[Transfer]] = {transfer.name: transfer for transfer in ALL}
 
@@ -36,6 +38,7 @@ __all__ = [
     "Hierarchy",
     "Klass",
     "Quota",
+    "SlowFast",
     "Threshold",
     "Transfer",
     "TransferState",

@@ -1,4 +1,4 @@
-"""Rules that need the whole distribution: against their formulas step by step, and whole generations against a plain loop.
+"""Rules that remember, against their formulas step by step, and whole generations against a plain loop.
 
 The loop runs in PyTorch in float64 over every logit of every row; each rule stands here once more, for one sequence at a time.
 """
@@ -19,7 +19,7 @@ from dllm_export.errors import UsageError
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy, DllmCache, DualCache, NoCache
-from dllm_export.runtime.transfers import AdaptiveThreshold, Credit, Klass, Threshold, Transfer, TransferState
+from dllm_export.runtime.transfers import AdaptiveThreshold, Credit, Klass, SlowFast, Threshold, Transfer, TransferState
 from dllm_export.tools.eager import Context, EagerModel
 from dllm_export.tools.four_feature import FourFeatureCache
 
@@ -103,7 +103,36 @@ class PlainCredit:
         return sorted(chosen), tokens
 
 
+class PlainSlowFast:
+    """Rows are counted from the block's start here."""
+
+    def __init__(self, rule: SlowFast) -> None:
+        self.rule = rule
+        self.phase, self.start, self.end, self.estimates = "explore", 0, 0, list[int]()
+
+    def step(self, logits: Tensor, masked: list[int], number: int) -> tuple[list[int], Tensor]:
+        confidence, tokens = logits.softmax(-1).max(-1)
+        if number == 1:
+            self.phase, self.start, self.estimates = "explore", 0, []
+        elif self.phase == "fast" and all(row >= self.end for row in masked):
+            self.phase, self.start, self.estimates = "explore", self.end, []
+        allowed = masked
+        if self.phase == "fast":
+            allowed = [row for row in masked if row < self.end]
+        else:
+            reached = [row for row in masked if confidence[row] >= self.rule.span_confidence]
+            self.end = max(reached) + 1 if reached else self.start + 1
+            self.estimates.append(self.end)
+            last = self.estimates[-2:]
+            if (len(last) == 2 and abs(last[0] - last[1]) / 2 < 1) or len(self.estimates) == self.rule.explore_steps:
+                self.phase = "fast"
+        sure = [row for row in allowed if confidence[row] >= self.rule.threshold]
+        return sure if len(sure) >= 2 else [surest(confidence, allowed)], tokens
+
+
 def plain(rule: Transfer) -> Rule:
+    if isinstance(rule, SlowFast):
+        return PlainSlowFast(rule)
     if isinstance(rule, Klass):
         return PlainKlass(rule)
     if isinstance(rule, AdaptiveThreshold):
@@ -189,6 +218,8 @@ RULES: dict[str, Transfer] = {
     "klass of three steps": Klass(threshold=0.02, kl_limit=0.3, kl_steps=3),
     "apd": AdaptiveThreshold(threshold=0.2, alpha=0.02, beta=0.01),
     "apd that rises": AdaptiveThreshold(threshold=0.12, alpha=0.002, beta=0.5),
+    "slow-fast": SlowFast(threshold=0.2, span_confidence=0.15),
+    "slow-fast of long exploration": SlowFast(threshold=0.15, span_confidence=0.3, explore_steps=3),
     "credit": Credit(threshold=0.3),
     "heavy credit": Credit(threshold=0.5, credit_weight=3.0, credit_decay=0.5, credit_power=0.6),
 }
@@ -231,6 +262,19 @@ def test_onnxruntime_gives_the_tokens_of_the_reference(name: str, open_model: Op
 
 
 # -- equalities between rules
+@pytest.mark.parametrize(
+    "rule", [SlowFast(threshold=1.0, span_confidence=0.0), SlowFast(threshold=1.0, explore_steps=99)]
+)
+def test_slow_fast_that_trusts_nothing_decodes_one_token_a_step(rule: Transfer, open_model: OpenModel) -> None:
+    """Spans to the block's end leave the order to confidence alone."""
+    lm, options = open_model("float64"), GenerationOptions(gen_length=24, block_length=8)
+    request = lm.continuation(PROMPTS[:1], options)
+    found, one = (lm.run(request, options, NoCache(), each)[0] for each in (rule, Threshold(threshold=1.0)))
+    assert (found.passes, one.passes) == (24, 24)
+    if rule.span_confidence == 0.0:
+        assert found.tokens == one.tokens
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 @pytest.mark.parametrize(
     "rule",
@@ -307,7 +351,15 @@ ADAPTIVE = st.builds(
 )
 
 
-@given(histories(), st.one_of(KLASSES, ADAPTIVE))
+SLOW_FAST = st.builds(
+    SlowFast,
+    threshold=st.sampled_from([0.2, 0.5, 0.9]),
+    span_confidence=st.sampled_from([0.0, 0.3, 0.7]),
+    explore_steps=st.integers(1, 4),
+)
+
+
+@given(histories(), st.one_of(KLASSES, ADAPTIVE, SLOW_FAST))
 def test_a_rule_with_a_memory_follows_its_formula_step_by_step(history: list[np.ndarray], rule: Transfer) -> None:
     formula, masked = plain(rule), list(range(len(history[0])))
     memory, former = None, None
@@ -332,6 +384,9 @@ def test_a_rule_with_a_memory_follows_its_formula_step_by_step(history: list[np.
         (lambda: AdaptiveThreshold(threshold=-0.1), "--threshold is -0.1"),
         (lambda: AdaptiveThreshold(alpha=-1.0), "--alpha is -1.0, expected a number from 0 up"),
         (lambda: AdaptiveThreshold(beta=float("nan")), "--beta is nan"),
+        (lambda: SlowFast(threshold=1.5), "--threshold is 1.5"),
+        (lambda: SlowFast(span_confidence=-1.0), "--span-confidence is -1.0"),
+        (lambda: SlowFast(explore_steps=0), "--explore-steps is 0, expected at least 1"),
         (lambda: Credit(threshold=1.1), "--threshold is 1.1"),
         (lambda: Credit(credit_weight=-0.1), "--credit-weight is -0.1"),
         (lambda: Credit(credit_power=float("inf")), "--credit-power is inf"),

@@ -300,6 +300,7 @@ CACHED = "--policy dllm-cache"
 BLOCKS = "--block-length 4 --policy"
 GREEDY = "--remasking random --refresh-interval 0 --policy dkv-greedy"
 KLASS = "--transfer klass --threshold 0 --kl-limit 9"
+SLOW = "--gen-length 24 --transfer slow-fast --threshold 0.2 --span-confidence 0.5"
 CREDIT = "--transfer credit --threshold 0.2"
 EFFECTS = {
     # flag: (command line without it, with it, what differs in the JSON)
@@ -332,6 +333,8 @@ EFFECTS = {
     "--high": ("--transfer hierarchy", "--transfer hierarchy --low 0 --high 0.01", "passes"),
     "--kl-limit": (KLASS, f"{KLASS} --kl-limit 0", "passes"),
     "--kl-steps": (KLASS, f"{KLASS} --kl-steps 5", "passes"),
+    "--span-confidence": (SLOW, f"{SLOW} --span-confidence 0", "passes"),
+    "--explore-steps": (SLOW, f"{SLOW} --explore-steps 1", "passes"),
     "--alpha": ("--transfer apd", "--transfer apd --alpha 0.5", "passes"),
     "--beta": ("--transfer apd --alpha 0.05", "--transfer apd --alpha 0.05 --beta 9", "passes"),
     "--credit-weight": (CREDIT, f"{CREDIT} --credit-weight 9", "confidence"),
