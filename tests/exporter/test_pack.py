@@ -19,6 +19,7 @@ from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pack import require_space
 from dllm_export.exporter.pipeline import export
 from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.manifest import FORMAT
 
 FORCE = ExportOptions(force=True)
 STEPS = 6
@@ -94,7 +95,7 @@ def test_missing_parents_and_relative_targets_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     export(checkpoint, Path("a/b/bundle"))
-    assert open_bundle(tmp_path / "a/b/bundle").manifest.format == 1
+    assert open_bundle(tmp_path / "a/b/bundle").manifest.format == FORMAT
 
 
 def test_a_parent_that_is_a_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
