@@ -6,8 +6,10 @@ The loop runs in PyTorch in float64 over every logit of every row; each rule sta
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,7 @@ RULES: dict[str, Transfer] = {
     "apd": AdaptiveThreshold(threshold=0.2, alpha=0.02, beta=0.01),
     "apd that rises": AdaptiveThreshold(threshold=0.12, alpha=0.002, beta=0.5),
     "slow-fast": SlowFast(threshold=0.2, span_confidence=0.15),
+    "slow-fast in spans of a row": SlowFast(threshold=0.2, span_confidence=1.0, explore_steps=1),
     "slow-fast of long exploration": SlowFast(threshold=0.15, span_confidence=0.3, explore_steps=3),
     "credit": Credit(threshold=0.3),
     "heavy credit": Credit(threshold=0.5, credit_weight=3.0, credit_decay=0.5, credit_power=0.6),
@@ -293,6 +296,40 @@ def test_a_rule_without_its_addition_is_the_threshold_rule(
     found, expected = (lm.run(request, options, policy, each) for each in (rule, Threshold(threshold=0.2)))
     assert [one.tokens for one in found] == [one.tokens for one in expected]
     assert found[0].passes == expected[0].passes < 24
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AdaptiveThreshold(threshold=0.2, alpha=0.0, beta=0.0),
+        Credit(threshold=0.2, credit_weight=0.0),
+        Klass(threshold=0.2, kl_limit=float("inf")),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_given_text_within_the_block_of_an_infilling_changes_nothing(rule: Transfer, open_model: OpenModel) -> None:
+    lm, options = open_model("float64"), GenerationOptions()
+    texts = [[MASK if place % 3 else place for place in range(start, 25)] for start in (4, 9)]
+    request = lm.infilling(texts, options)
+    found, expected = (lm.run(request, options, NoCache(), each) for each in (rule, Threshold(threshold=0.2)))
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert found[0].passes == expected[0].passes
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_early_stop_takes_rows_from_a_rule_with_a_state(name: str, open_model: OpenModel) -> None:
+    lm, options = open_model("onnxruntime"), GenerationOptions(gen_length=24, block_length=12)
+    tokens = lm.bundle.manifest.tokens
+    plain_run = lm.run(lm.continuation(PROMPTS, options), options, NoCache(), RULES[name])
+    end = plain_run[0].tokens[3]
+    manifest = msgspec.structs.replace(lm.bundle.manifest, tokens=replace(tokens, eos=end))
+    stopping = DiffusionLM(replace(lm.bundle, manifest=manifest), lm.session)
+    early = replace(options, early_stop=True)
+    frames = list(stopping.stream(stopping.continuation(PROMPTS, early), early, NoCache(), RULES[name]))
+    last = frames[-1].tokens
+    assert (last != MASK).all()
+    assert np.isnan(frames[-1].confidence).any(), "nothing was filled in"
+    assert len(frames) <= plain_run[0].passes
 
 
 # -- formulas on random rows
