@@ -27,7 +27,7 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
     padding = np.array([0, PADDING])[:, None]
     cos, sin = rotary_tables(shape, np.maximum(columns - padding, 0))
     alive = np.tile(np.arange(PROMPT, LENGTH, dtype=np.int32), (BATCH, 1))
-    whole = graph == "layer_full"
+    whole = graph in ("layer_full", "layer_compact")
     rows = LENGTH if whole else RESPONSE
     known: dict[str, NDArray[np.generic]] = {
         "tokens": rng.integers(0, shape.vocab, (BATCH, rows)).astype(np.int32),
@@ -37,7 +37,9 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "index": alive if graph.startswith("layer_") else rng.integers(0, RESPONSE, (BATCH, BUDGET)).astype(np.int32),
         "slot": np.tile(np.maximum(columns - PROMPT, 0).astype(np.int32), (BATCH, 1)),
         "fresh": np.tile(columns >= PROMPT, (BATCH, 1)),
-        "budget": np.array([BUDGET], np.int64),
+        # Where a layer keeps rows by their score it keeps all, so that near-equal scores of half types do not count.
+        "budget": np.array([LENGTH if graph == "layer_compact" else BUDGET], np.int64),
+        "kept": columns < LENGTH - padding,
         "forced": rng.random((BATCH, rows)) < 0.1,
         "bias": np.zeros(shape.vocab),
         "cfg_scale": np.array([1.5]),

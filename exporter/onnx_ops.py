@@ -167,6 +167,11 @@ class OnnxOps:
         place = self._node("ArgMax", (numbers,), TensorProto.INT64, x.dims[:-1], axis=-1, keepdims=0)
         return self._cast(place, TensorProto.INT32)
 
+    def max_pool(self, x: Value, width: int) -> Value:
+        channel, pads = self.unsqueeze(x, 1), [width // 2, width // 2]
+        pooled = self._node("MaxPool", (channel,), x.type, channel.dims, kernel_shape=[width], pads=pads)
+        return self._reshape(pooled, (0, -1), x.dims)
+
     def top(self, x: Value, count: Value | int) -> tuple[Value, Value]:
         size = self._int64(count) if isinstance(count, int) else count
         dims = (*x.dims[:-1], count if isinstance(count, int) else "Q")

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dllm_export.graphs import heads, picking, steps
+from dllm_export.graphs.compaction import layer_compact
 from dllm_export.graphs.shape import ModelShape
 
 TensorType = Literal["compute", "float32", "int32", "int64", "bool"]
@@ -223,6 +224,26 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                     picking.finish_picked,
                 ),
             ),
+        ),
+        GraphSpec(
+            "layer_compact",
+            (
+                rows("hidden", "S", d),
+                positions("index", "X"),
+                TensorSpec("fresh", "bool", ("B", "S")),
+                TensorSpec("kept", "bool", ("B", "Q")),
+                *cache,
+                TensorSpec("budget", "int64", (1,)),
+                *context,
+            ),
+            tuple(weight for weight in layer if weight.name in ("norm1", "qk", "qk_bias")),
+            (
+                rows("key_out", "Q", kv),
+                rows("value_out", "Q", kv),
+                positions("index_out", "Q"),
+                TensorSpec("relevance", "float32", ("B", "S")),
+            ),
+            layer_compact,
         ),
         GraphSpec(
             "layer_skip",

@@ -73,6 +73,10 @@ class Ops(Protocol[T]):
         """int32: first position of a true element of a bool tensor's last axis."""
         ...
 
+    def max_pool(self, x: T, width: int) -> T:
+        """Largest of the `width` elements around each, an odd number, along the last axis of x [B, N]."""
+        ...
+
     def top(self, x: T, count: T | int) -> tuple[T, T]:
         """Largest `count` values of the last axis, descending, and their int32 positions; ties go to the lowest position."""
         ...

@@ -80,6 +80,9 @@ class TorchOps:
     def argmax_last(self, x: Tensor) -> Tensor:
         return x.to(torch.int32).argmax(-1).to(torch.int32)
 
+    def max_pool(self, x: Tensor, width: int) -> Tensor:
+        return torch.nn.functional.max_pool1d(x.unsqueeze(1), width, stride=1, padding=width // 2).squeeze(1)
+
     def top(self, x: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
         # torch.topk promises nothing about ties; ONNX TopK takes the lowest position first. A stable sort does too, but
         # sorting a vocabulary takes longer than the model, so wide rows are cut down before they are sorted.

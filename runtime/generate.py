@@ -18,7 +18,7 @@ from dllm_export.runtime.decoder import Decoder, check_options, is_foreseen
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies.contract import make_plan
-from dllm_export.runtime.policies.policy import CachePolicy, StepKind, StepPlan, StepState
+from dllm_export.runtime.policies.policy import CachePolicy, Compaction, StepKind, StepPlan, StepState
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.schedule import commit_counts
@@ -77,6 +77,8 @@ class Passes:
     block: int = -1
     block_step: int = 0
     masked: NDArray[np.bool_] | None = None  # [B, R] at the start of the last step
+    compacted: Compaction | None = None
+    """The compaction that was made last."""
 
     def advance(self, block: int) -> None:
         """Count a pass in this block."""
@@ -197,7 +199,7 @@ class Denoiser:
         passes.advance(block)
         state = self._state(passes)
         plan = make_plan(self.policy, state)
-        passes.masked = state.masked
+        passes.masked, passes.compacted = state.masked, plan.compaction or passes.compacted
         self._clock.time(trunk.prepare(plan, canvas))
         self._passes += 1
         return state, plan
@@ -217,8 +219,10 @@ class Denoiser:
             layers=self.shape.layers,
             prompt_rows=request.prompt_rows,
             response_rows=request.response_rows,
+            padding=tuple(self.request.padding.tolist()),
             masked=masked,
             masked_before=before,
+            compacted=passes.compacted,
             upcoming=self._upcoming,
         )
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from dllm_export.graphs import ModelShape, TensorType
 from dllm_export.runtime.buffers import Buffers, RequestShape, Segment
+from dllm_export.runtime.compact_cache import CompactCache
 from dllm_export.runtime.policies.policy import LayerPlan, Rows, StepPlan
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
 
-ProgramKey = tuple[StepPlan, int, bool, tuple[int, ...]]
+ProgramKey = tuple[StepPlan, int, bool, tuple[int, ...], tuple[int, int]]
 
 
 class Trunk:
@@ -27,6 +28,7 @@ class Trunk:
     def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
         self._session, self._shape, self.request = session, shape, request
         self._buffers = Buffers(session, shape, request)
+        self._compact = CompactCache(self._buffers, shape, request)
         self._halves = (0,) * shape.layers
         self._programs: dict[ProgramKey, tuple[Program, tuple[int, ...]]] = {}
         self._placed_rows: Rows | None = None
@@ -38,6 +40,7 @@ class Trunk:
         self._buffers.get("cos", (*dims, rotary), "float32").write(cos)
         self._buffers.get("sin", (*dims, rotary), "float32").write(sin)
         self._buffers.get("mask", dims, "bool").write(mask)
+        self._compact.start(cos, sin, mask)
 
     def prepare(self, plan: StepPlan, tokens: NDArray[np.int32]) -> Program:
         """Upload the alive rows of the canvas [B, S] and return the step's program; caches count as written after it."""
@@ -46,15 +49,22 @@ class Trunk:
             self._place(plan.rows)
         if plan.forced is not None:
             self._force(plan.alive, plan.forced)
+        if plan.compaction is not None:
+            self._compact.place(plan.compaction)
         rows = plan.rows.count if plan.rows else 0
-        key = (replace(plan, rows=None, forced=None), rows, plan.forced is not None, self._halves)
+        compact = (plan.compaction.count, self._compact.half) if plan.compaction else (0, 0)
+        shared = replace(plan, rows=None, forced=None, compaction=None)
+        key = (shared, rows, plan.forced is not None, self._halves, compact)
         if key not in self._programs:
+            kept = plan.rows is not None and plan.compaction is not None
             halves = tuple(
-                half if layer.graph == "layer_skip" else 1 - half
+                half if layer.graph == "layer_skip" or kept else 1 - half
                 for half, layer in zip(self._halves, plan.layers, strict=True)
             )
             self._programs[key] = (self._session.prepare(list(self._calls(plan))), halves)
         program, self._halves = self._programs[key]
+        if plan.compaction is not None:
+            self._compact.half = 1 - self._compact.half
         return program
 
     @property
@@ -152,8 +162,14 @@ class Trunk:
         tensors = {**stream, **written, **self._context()}
         whole = plan.alive == "sequence"
         tensors["delta_out"] = after = self._new_delta(plan, layer, new)
-        if step.graph == "layer_full":
+        if plan.compaction is not None and plan.rows is not None:
+            own = {**stream, "delta_out": after, **self._compact.tensors(plan.compaction, layer)}
+            yield GraphCall("layer_partial", layer, own)
+        elif step.graph == "layer_full":
             yield GraphCall("layer_full", layer, tensors)
+            if plan.compaction is not None:
+                made = {name: written[f"{name}_out"] for name in cached} | {"hidden": stream["hidden"]}
+                yield self._compact.compact(plan.compaction, layer, {**made, **self._context()})
         elif step.graph == "layer_partial":
             yield GraphCall("layer_partial", layer, {**tensors, **cached, **self._placed(plan)})
         else:

@@ -35,6 +35,7 @@ LARGE = 10**8
 CALLED_WITH: Mapping[str, str] = {
     "layer_partial": "--policy dllm-cache",
     "layer_adaptive": "--policy dllm-cache --update-ratio 0.25",
+    "layer_compact": "--policy sparse",
     "layer_skip": "--policy dllm-cache --update-ratio 0",
     "guidance": "--cfg-scale 1.5",
     "head": "--cfg-scale 0",

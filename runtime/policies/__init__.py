@@ -10,18 +10,30 @@ from dllm_export.runtime.policies.dllm_cache import DllmCache
 from dllm_export.runtime.policies.dual import DualCache
 from dllm_export.runtime.policies.freecache import FreeCache
 from dllm_export.runtime.policies.none import NoCache
-from dllm_export.runtime.policies.policy import CachePolicy, LayerPlan, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.policy import CachePolicy, Compaction, LayerPlan, Rows, StepPlan, StepState
 from dllm_export.runtime.policies.prefix import PrefixCache
+from dllm_export.runtime.policies.sparse import SparseCache
 from dllm_export.runtime.policies.window import WindowCache
 
 POLICIES: Mapping[str, type[CachePolicy]] = {
     policy.name: policy
-    for policy in (NoCache, DllmCache, PrefixCache, DualCache, FreeCache, WindowCache, DkvDecode, DkvGreedy)
+    for policy in (
+        NoCache,
+        DllmCache,
+        PrefixCache,
+        DualCache,
+        FreeCache,
+        WindowCache,
+        DkvDecode,
+        DkvGreedy,
+        SparseCache,
+    )
 }
 
 __all__ = [
     "POLICIES",
     "CachePolicy",
+    "Compaction",
     "DkvDecode",
     "DkvGreedy",
     "DllmCache",
@@ -31,6 +43,7 @@ __all__ = [
     "NoCache",
     "PrefixCache",
     "Rows",
+    "SparseCache",
     "StepPlan",
     "StepState",
     "WindowCache",

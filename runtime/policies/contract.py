@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 
 from dllm_export.errors import StrategyError
-from dllm_export.runtime.policies.policy import Alive, CachePolicy, LayerGraph, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.policy import Alive, CachePolicy, Compaction, LayerGraph, Rows, StepPlan, StepState
 
 
 def make_plan(policy: CachePolicy, state: StepState) -> StepPlan:
@@ -42,7 +42,28 @@ def find_fault(plan: object, state: StepState) -> str | None:
         fault = None if rows is None else _find_row_fault(what, rows, state)
         if fault:
             return fault
+    fault = None if plan.compaction is None else _find_compaction_fault(plan, plan.compaction, state)
+    if fault:
+        return fault
     return _find_segment_fault(plan, state) if plan.rows is None else _find_reach_fault(plan, plan.rows, state)
+
+
+def _find_compaction_fault(plan: StepPlan, compaction: Compaction, state: StepState) -> str | None:
+    fault = _find_row_fault("rows to compact for", compaction.rows, state)
+    if fault:
+        return fault
+    if any(list(row) != sorted(set(row)) for row in compaction.rows.positions):
+        return "its rows to compact for are not each once and by rising position"
+    padding, rows = np.array(state.padding), compaction.rows.array()
+    most = state.length - padding - (rows >= padding[:, None]).sum(1)
+    kept = np.array(compaction.kept)
+    if kept.shape != most.shape or (kept < 0).any() or (kept > most).any():
+        return f"it keeps {kept.tolist()} rows of the sequences, expected from 0 to {most.tolist()}"
+    if plan.alive != "rows" and {layer.graph for layer in plan.layers} != {"layer_full"}:
+        return "it compacts a cache, which takes layer_full in every layer"
+    if plan.alive == "rows" and (plan.rows != compaction.rows or compaction != state.compacted):
+        return "it runs against a compacted cache of other rows than its own, or one that was not made"
+    return None
 
 
 def _find_segment_fault(plan: StepPlan, state: StepState) -> str | None:

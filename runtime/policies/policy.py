@@ -35,8 +35,12 @@ class StepState:
     layers: int
     prompt_rows: int
     response_rows: int
+    padding: tuple[int, ...]
+    """Rows on the left of each sequence that are padding: nothing attends to them."""
     masked: NDArray[np.bool_]  # [B, R] response rows that are undecided now
     masked_before: NDArray[np.bool_]  # [B, R] those that were at the start of the last step; `masked` in the first
+    compacted: Compaction | None = None
+    """The compaction that was made last, of this pass."""
     upcoming: NDArray[np.bool_] | None = None  # [B, R]
     """The rows that this step will decide, where that is known before it runs: with --remasking random and the rule
     `quota`. A policy that cannot do without it has a class variable `needs_upcoming = True`."""
@@ -52,6 +56,7 @@ class StepState:
             layers=layers,
             prompt_rows=prompt_rows,
             response_rows=response_rows,
+            padding=(0,) * batch,
             masked=masked,
             masked_before=masked,
         )
@@ -117,6 +122,22 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Compaction:
+    """A cache cut down to some rows (graphs/compaction.py). A plan over the sequence makes it after its full layers; a
+    plan of exactly its rows then runs against it. Both hold the same value, which says which compaction is meant."""
+
+    rows: Rows
+    """The block: these rows are kept whatever their relevance. No repeats, by rising position."""
+    kept: tuple[int, ...]
+    """How many other visible rows are kept of each sequence: the most relevant ones, layer by layer."""
+
+    @property
+    def count(self) -> int:
+        """C, rows of the compacted cache, the same for every sequence."""
+        return self.rows.count + max(self.kept)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """Which graph runs a layer, and for `layer_adaptive` how many rows it may pick per sequence."""
 
@@ -136,22 +157,23 @@ class StepPlan:
     """The alive rows of a plan whose `alive` is rows."""
     keep_delta: bool = True
     """Whether the deltas of the response are cached for later steps."""
+    compaction: Compaction | None = None
     forced: Rows | None = None
     """Positions that `layer_adaptive` must pick."""
     write_response_values: bool = True
     """`layer_adaptive` stores the projected values of all alive rows, not of the prompt rows alone."""
 
     @classmethod
-    def refresh(cls, state: StepState, *, keep_delta: bool = True) -> StepPlan:
+    def refresh(cls, state: StepState, *, keep_delta: bool = True, compaction: Compaction | None = None) -> StepPlan:
         """Every row of every layer."""
         layers = (LayerPlan("layer_full"),) * state.layers
-        return cls(kind="full", alive="sequence", layers=layers, keep_delta=keep_delta)
+        return cls(kind="full", alive="sequence", layers=layers, keep_delta=keep_delta, compaction=compaction)
 
     @classmethod
-    def recompute(cls, state: StepState, rows: Rows) -> StepPlan:
-        """These rows in every layer, against the cached keys and values of all others."""
+    def recompute(cls, state: StepState, rows: Rows, *, compaction: Compaction | None = None) -> StepPlan:
+        """These rows in every layer, against the cached keys and values of all others, or of those that were kept."""
         layers = (LayerPlan("layer_partial"),) * state.layers
-        return cls(kind="partial", alive="rows", rows=rows, layers=layers, keep_delta=False)
+        return cls(kind="partial", alive="rows", rows=rows, layers=layers, keep_delta=False, compaction=compaction)
 
 
 class CachePolicy(Protocol):

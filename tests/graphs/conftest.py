@@ -23,6 +23,8 @@ DrawFeeds = Callable[..., Feeds]
 RunGraph = Callable[[str, ModelShape, str, Feeds], Feeds]
 
 SIZES = {"B": 2, "S": 12, "X": 7, "Q": 4, "N": 9}
+SIZES_OF = {"layer_compact": {"X": 3, "Q": 9}}
+"""Sizes of a graph whose rows are others: the block's three and those that are kept with them."""
 PADDING = np.array([[0], [2]])
 
 
@@ -56,6 +58,8 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
     index = draw_index(rng, sizes["Q"], among)
     if spec.name == "layer_adaptive":
         index = np.tile(np.arange(length - alive, length, dtype=np.int32), (SIZES["B"], 1))
+    if spec.name == "layer_compact":
+        index = draw_index(rng, alive, length)
     slot, fresh = place(index, length)
     bias = np.zeros(shape.vocab, np.float32)
     bias[3] = -1e30
@@ -68,7 +72,8 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "slot": slot,
         "fresh": fresh,
         "bias": bias,
-        "budget": np.array([3]),
+        "budget": np.array([sizes["Q"] if spec.name == "layer_compact" else 3]),
+        "kept": np.arange(sizes["Q"]) < np.array([[sizes["Q"]], [alive + (sizes["Q"] - alive) // 2]]),
         "forced": rng.random((SIZES["B"], alive)) < 0.15,
         "cfg_scale": np.array([1.5]),
         "distribution": np.log(rng.dirichlet(np.ones(shape.vocab), (SIZES["B"], sizes["Q"]))),
@@ -84,7 +89,11 @@ def draw_feeds() -> DrawFeeds:
     """`draw_feeds(shape, graph, seed=0, **sizes)`: inputs and weights of a graph in float64 and integers."""
 
     def draw(shape: ModelShape, graph: str, seed: int = 0, **sizes: int) -> Feeds:
-        rng, spec, every = np.random.default_rng(seed), graph_specs(shape)[graph], {**SIZES, **sizes}
+        rng, spec, every = (
+            np.random.default_rng(seed),
+            graph_specs(shape)[graph],
+            {**SIZES, **SIZES_OF.get(graph, {}), **sizes},
+        )
         special = special_tensors(rng, shape, spec, every)
         declared = (*spec.inputs, *spec.weights)
         return {

@@ -59,8 +59,21 @@ ELEMENT_TYPES = {
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "graphs.json"
 
 OPERATORS = {
-    *("Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Gather", "Log", "MatMul", "Mul"),
-    *("Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "Slice"),
+    *("Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Gather", "Log", "MatMul"),
+    *(
+        "MaxPool",
+        "Mul",
+        "Range",
+        "Reciprocal",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Slice",
+    ),
     *("Softmax", "Sqrt", "Sub", "TopK", "Transpose", "Unsqueeze", "Where"),
 }
 """Operators that TensorRT 8.6 to 11, TensorRT for RTX and ONNX Runtime all run without a plugin or a slow fallback."""
@@ -105,7 +118,7 @@ def test_a_graph_runs_with_other_sizes(graph: str, draw_feeds: DrawFeeds, run_gr
     for sizes in ({"S": 5, "X": 5, "Q": 3, "N": 4}, {"S": 30, "X": 1, "Q": 1, "N": 1}):
         feeds = draw_feeds(PLAIN, graph, **sizes)
         if "budget" in feeds:
-            feeds["budget"] = np.array([sizes["X"]])
+            feeds["budget"] = np.array([sizes["Q" if "kept" in feeds else "X"]])
         expected, found = (run_graph(reading, PLAIN, graph, feeds) for reading in ("float32", "onnxruntime"))
         for output, value in expected.items():
             np.testing.assert_allclose(found[output], value, rtol=1e-3, atol=2e-5, err_msg=output)
@@ -165,10 +178,10 @@ def test_rope_leaves_the_compute_type_only_where_the_model_does(full_precision: 
     assert bool(widened) is casts
 
 
-@pytest.mark.parametrize("scope", ["norm/", "attention/", "statistics/", "drift/"])
+@pytest.mark.parametrize("scope", ["norm/", "attention/", "statistics/", "drift/", "relevance/"])
 def test_sums_over_many_numbers_are_taken_in_float32(scope: str) -> None:
     """Statistics, softmax and drift in half precision would overflow or round rows together."""
-    graph = {"statistics/": "head", "drift/": "layer_adaptive"}.get(scope, "layer_full")
+    graph = {"statistics/": "head", "drift/": "layer_adaptive", "relevance/": "layer_compact"}.get(scope, "layer_full")
     inferred = onnx.shape_inference.infer_shapes(build(PLAIN, graph, "float16"), strict_mode=True).graph
     types = {info.name: info.type.tensor_type.elem_type for info in (*inferred.value_info, *inferred.output)}
     sums = {"ReduceMean", "ReduceSum", "ReduceMax", "Softmax"}

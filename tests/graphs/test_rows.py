@@ -193,6 +193,63 @@ def test_a_row_of_zeros_counts_as_changed(reading: str, draw_feeds: DrawFeeds, r
     np.testing.assert_allclose(found["drift"][:, 4], 1 - 1e-6, rtol=1e-6)
 
 
+# -- layer_compact
+def relevance_of(shape: ModelShape, feeds: Feeds, sequence: int) -> Array:
+    """Mean over the block's visible rows and over heads of the product of query and key, row by row [S]."""
+    half, total = shape.head_dim // 2, np.zeros(LENGTH)
+    block = [row for row in feeds["index"][sequence] if feeds["mask"][sequence, row]]
+    for row in block:
+        x = feeds["hidden"][sequence, row]
+        inner = x / np.sqrt((x * x).mean() + shape.norm_eps) * feeds["norm1"]
+        queries = (inner @ feeds["qk"] + feeds["qk_bias"])[: shape.query_width].reshape(shape.heads, shape.head_dim)
+        cos, sin = feeds["cos"][sequence, row], feeds["sin"][sequence, row]
+        for head, query in enumerate(queries):
+            low, high = query[:half], query[half:]
+            turned = np.concatenate((low * cos - high * sin, high * cos + low * sin))
+            group = head // (shape.heads // shape.kv_heads)
+            keys = feeds["key"][sequence, :, group * shape.head_dim : (group + 1) * shape.head_dim]
+            total += keys @ turned / (len(block) * shape.heads)
+    return total
+
+
+@every_reading
+@pytest.mark.parametrize("seed", range(4))
+def test_a_compacted_cache_holds_the_most_relevant_rows_by_position_and_the_block_last(
+    seed: int, reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_compact", seed=seed)
+    found = run_graph(reading, SHAPE, "layer_compact", feeds)
+    for sequence in range(BATCH):
+        relevance = relevance_of(SHAPE, feeds, sequence)
+        close(reading, found["relevance"][sequence], relevance)
+        block, visible = set(feeds["index"][sequence].tolist()), feeds["mask"][sequence]
+        others = [row for row in range(LENGTH) if visible[row] and row not in block]
+        pooled = {row: max(relevance[near] for near in (row - 1, row, row + 1) if near in others) for row in others}
+        count = int(feeds["kept"][sequence].sum()) - len(block)
+        best = sorted(others, key=lambda row: (-pooled[row], row))[:count]
+        index = found["index_out"][sequence].tolist()
+        assert index[-count - len(block) :] == [*sorted(best), *sorted(block)]
+        assert len(set(index)) == len(index), "columns before those hold rows that nobody sees"
+    for name in ("key", "value"):
+        np.testing.assert_array_equal(found[f"{name}_out"], rows(as_seen(reading, feeds[name]), found["index_out"]))
+
+
+@every_reading
+def test_padding_is_never_kept(reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    """Not even where its keys agree with the block more than any other's, nor through its neighbours."""
+    feeds = draw_feeds(SHAPE, "layer_compact")
+    feeds["index"][:] = [4, 5, 6]
+    feeds["fresh"] = np.tile((np.arange(LENGTH) >= 4) & (np.arange(LENGTH) < 7), (BATCH, 1))
+    before = run_graph(reading, SHAPE, "layer_compact", feeds)
+    direction = np.sign(before["relevance"][1, :2, None])
+    feeds["key"][1, :2] *= 1e4 * direction
+    after = run_graph(reading, SHAPE, "layer_compact", feeds)
+    assert (after["relevance"][1, :2] > 1e2).all(), "more relevant than all others"
+    shown = int(feeds["kept"][1].sum())
+    assert after["index_out"][1, -shown:].tolist() == before["index_out"][1, -shown:].tolist()
+    assert min(after["index_out"][1, -shown:]) >= 2
+
+
 # -- layer_skip, gather, head
 @every_reading
 def test_a_skipped_layer_adds_the_cached_delta(reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:

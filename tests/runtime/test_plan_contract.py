@@ -14,13 +14,14 @@ from dllm_export.errors import StrategyError
 from dllm_export.runtime.generate import Frame
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import POLICIES, LayerPlan, NoCache, Rows, StepPlan, StepState
+from dllm_export.runtime.policies import POLICIES, Compaction, LayerPlan, NoCache, Rows, StepPlan, StepState
 from dllm_export.runtime.policies.contract import find_fault
 
 OpenModel = Callable[[str], DiffusionLM]
 
 FIRST = StepState.first(layers=3, prompt_rows=4, response_rows=6, batch=2)
-STATE = replace(FIRST, step=2, block_step=2, block=(4, 8))
+KEEPS = Compaction(Rows.span(4, 8, 2), (3, 6))
+STATE = replace(FIRST, step=2, block_step=2, block=(4, 8), padding=(2, 0), compacted=KEEPS)
 FULL = StepPlan.refresh(STATE)
 SOME = StepPlan.recompute(STATE, Rows.span(4, 8, 2))
 
@@ -31,6 +32,10 @@ def adaptive(budget: int, alive: Any = "response", forced: Rows | None = None) -
 
 def run_all(graph: Any, plan: StepPlan) -> StepPlan:
     return replace(plan, layers=(plan.layers[0], LayerPlan(graph), plan.layers[2]))
+
+
+def compacting(rows: Rows, *kept: int) -> StepPlan:
+    return replace(FULL, compaction=Compaction(rows, kept))
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
@@ -54,6 +59,21 @@ FAULTS: dict[str, tuple[Any, str]] = {
         replace(SOME, rows=Rows(((4, 5, 6, 7), (7, 6, 4, 4)))),
         "position 5 of sequence 1 may be decided in",
     ),
+    "compacted for": (compacting(Rows.span(4, 11, 2), 1, 1), "its rows to compact for reach from 4 to 10, expected po"),
+    "twice": (compacting(Rows(((4, 5), (4, 4))), 1, 1), "its rows to compact for are not each once and by rising pos"),
+    "not in order": (compacting(Rows(((4, 5), (6, 5))), 1, 1), "its rows to compact for are not each once and by ris"),
+    "padding kept": (compacting(KEEPS.rows, 5, 6), "it keeps [5, 6] rows of the sequences, expected from 0 to [4, 6]"),
+    "keeps less": (compacting(KEEPS.rows, 0, -1), "it keeps [0, -1] rows of the sequences, expected from 0 to [4, 6]"),
+    "kept of one": (compacting(KEEPS.rows, 3), "it keeps [3] rows of the sequences, expected from 0 to [4, 6]"),
+    "part compacted": (
+        replace(adaptive(1), compaction=KEEPS),
+        "it compacts a cache, which takes layer_full in every la",
+    ),
+    "other rows": (
+        replace(SOME, compaction=KEEPS, rows=Rows.span(3, 8, 2)),
+        "it runs against a compacted cache of oth",
+    ),
+    "not made": (replace(SOME, compaction=Compaction(KEEPS.rows, (2, 6))), "it runs against a compacted cache of othe"),
     "no budget": (adaptive(0), "layer 0 may pick 0 rows, expected 1 (those that are forced) to 6"),
     "large budget": (adaptive(7), "layer 0 may pick 7 rows, expected 1 (those that are forced) to 6"),
     "less than forced": (adaptive(2, forced=Rows.span(4, 7, 2)), "layer 0 may pick 2 rows, expected 3 (those that are"),
@@ -82,6 +102,9 @@ def test_every_fault_of_a_plan_is_named(name: str) -> None:
     [
         FULL,
         SOME,
+        replace(FULL, compaction=KEEPS),
+        replace(SOME, compaction=KEEPS),
+        compacting(Rows(((3, 8), (0, 1))), 0, 0),
         replace(SOME, rows=Rows(((7, 6, 5, 4), (4, 5, 6, 7)))),
         replace(SOME, rows=Rows.span(0, 10, 2)),
         adaptive(1),

@@ -26,6 +26,7 @@ from dllm_export.runtime.policies import (
     NoCache,
     PrefixCache,
     Rows,
+    SparseCache,
     StepPlan,
     StepState,
     WindowCache,
@@ -42,6 +43,7 @@ POLICIES: dict[str, st.SearchStrategy[Any]] = {
     "dual": st.just(DualCache()),
     "freecache": st.just(FreeCache()),
     "window": st.builds(WindowCache, before=SMALL, after=SMALL, refresh_interval=SMALL),
+    "sparse": st.builds(SparseCache, keep_ratio=st.floats(0.0, 1.0)),
     "dkv-decode": st.builds(DkvDecode, refresh_interval=SMALL, bucket=st.integers(1, 9)),
     "dkv-greedy": st.builds(DkvGreedy, refresh_interval=SMALL, nearest=SMALL, bucket=st.integers(1, 9)),
 }
@@ -57,6 +59,7 @@ def most_rows(policy: Any, state: StepState) -> int:
     declared = {
         "prefix": state.length - state.block[0],
         "dual": block,
+        "sparse": block,
         "freecache": state.length - state.block[0],
         "window": min(state.length, block + getattr(policy, "before", 0) + getattr(policy, "after", 0)),
         "dkv-decode": in_buckets(policy, state, (state.masked_before | state.masked).sum(1).max()),
@@ -96,6 +99,7 @@ def states(draw: st.DrawFn) -> StepState:
         masked=before & ~decided,
         masked_before=before,
         upcoming=upcoming,
+        padding=tuple(draw(st.lists(st.integers(0, prompt), min_size=batch, max_size=batch))),
     )
 
 
@@ -120,7 +124,9 @@ def test_every_plan_keeps_to_the_contract_and_to_the_declared_rows(
     policy = data.draw(POLICIES[name])
     if not getattr(policy, "needs_upcoming", False):
         state = replace(state, upcoming=None)
-    plan = policy.plan(state)
+    second = policy.plan(replace(state, block_step=2)).compaction
+    plan = policy.plan(replace(state, compacted=second))
+    state = replace(state, compacted=second)
     assert find_fault(plan, state) is None
     if plan.rows is not None:
         assert plan.rows.count <= most_rows(policy, state)
@@ -182,6 +188,7 @@ REFRESHED: dict[str, tuple[CachePolicy, dict[str, Any]]] = {
     "dual, a block a token": (DualCache(), {"block_length": 1}),
     "window over everything": (WindowCache(before=99, after=99), {"block_length": 4}),
     "window, full passes": (WindowCache(before=0, after=0, refresh_interval=1), {"block_length": 4}),
+    "sparse, a block two tokens": (SparseCache(keep_ratio=0.1), {"block_length": 2}),
     "dkv-decode, full passes": (DkvDecode(refresh_interval=1), {"block_length": 6}),
     "dkv-greedy, full passes": (DkvGreedy(refresh_interval=1), {"block_length": 6, "remasking": "random"}),
 }
@@ -195,6 +202,18 @@ def test_told_to_refresh_everything_a_policy_equals_no_cache(case: str, guidance
     request = lm.continuation([[3, 1, 4, 1, 5, 9], [2, 6, 5]], options)
     found, expected = (lm.run(request, options, each) for each in (policy, NoCache()))
     assert [result.tokens for result in found] == [result.tokens for result in expected]
+
+
+@given(st.floats(0.0, 1.0), states())
+def test_a_compaction_keeps_the_share_of_the_rows_that_a_sequence_has(ratio: float, state: StepState) -> None:
+    made = SparseCache(keep_ratio=ratio).plan(replace(state, block_step=2))
+    used = SparseCache(keep_ratio=ratio).plan(replace(state, block_step=7))
+    block = state.block[1] - state.block[0]
+    assert made.compaction == used.compaction
+    assert made.compaction is not None
+    assert made.compaction.kept == tuple(int((state.length - pad - block) * ratio) for pad in state.padding)
+    assert made.compaction.count <= state.length
+    assert (made.alive, made.kind, used.rows) == ("sequence", "full", made.compaction.rows)
 
 
 def test_freecache_equals_no_cache_where_nothing_is_given(open_model: OpenModel) -> None:
@@ -277,6 +296,8 @@ def test_a_policy_that_needs_the_order_is_refused_without_one(
         (lambda: WindowCache(before=-1), "--before is -1, expected at least 0"),
         (lambda: WindowCache(after=-2), "--after is -2, expected at least 0"),
         (lambda: WindowCache(refresh_interval=-1), "--refresh-interval is -1, expected at least 0"),
+        (lambda: SparseCache(keep_ratio=1.1), "--keep-ratio is 1.1, expected a share from 0 to 1"),
+        (lambda: SparseCache(keep_ratio=float("nan")), "--keep-ratio is nan, expected a share from 0 to 1"),
         (lambda: DkvDecode(refresh_interval=-1), "--refresh-interval is -1, expected at least 0"),
         (lambda: DkvDecode(bucket=0), "--bucket is 0, expected at least 1"),
         (lambda: DkvGreedy(refresh_interval=-3), "--refresh-interval is -3, expected at least 0"),

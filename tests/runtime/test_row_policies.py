@@ -25,6 +25,7 @@ from dllm_export.runtime.policies import (
     FreeCache,
     NoCache,
     PrefixCache,
+    SparseCache,
     WindowCache,
 )
 from dllm_export.runtime.request import Request
@@ -112,6 +113,28 @@ def dkv_greedy(interval: int, width: int) -> RowRule:
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Sparse-dLLM: the second step keeps in every layer what the block's queries agree with most; later ones see no more."""
+
+    ratio: float
+
+    def __call__(self, look: Look, _: int) -> range:
+        return everything(look) if look.block_step <= 2 else range(look.start, look.end)
+
+    def choose(self, query: Tensor, keys: dict[int, Tensor], block: range) -> list[int]:
+        """Rows that a layer keeps: query [n, heads, d] of the block's visible rows, keys [heads, d] of all, both rotated."""
+        score = {row: float((query.mean(0) * key).sum(-1).mean()) for row, key in keys.items() if row not in block}
+        pooled = {row: max(score[other] for other in (row - 1, row, row + 1) if other in score) for row in score}
+        best = sorted(pooled, key=lambda row: (-pooled[row], row))
+        return sorted(best[: int(len(best) * self.ratio)])
+
+
+def dual_from_the_second_step(look: Look, _: int) -> range:
+    """The dual cache, but the second step of a block fills it."""
+    return everything(look) if look.block_step <= 2 else range(look.start, look.end)
+
+
 RULES: Mapping[str, tuple[CachePolicy, RowRule]] = {
     "prefix": (PrefixCache(), prefix),
     "dual": (DualCache(), dual),
@@ -122,6 +145,10 @@ RULES: Mapping[str, tuple[CachePolicy, RowRule]] = {
     "dkv-decode, no bucket": (DkvDecode(refresh_interval=0, bucket=1), dkv_decode(0)),
     "dkv-greedy": (DkvGreedy(bucket=4), dkv_greedy(2, 6)),
     "dkv-greedy, few": (DkvGreedy(refresh_interval=3, nearest=1, bucket=1), dkv_greedy(3, 1)),
+    "sparse": (SparseCache(), Sparse(0.5)),
+    "sparse, little": (SparseCache(keep_ratio=0.2), Sparse(0.2)),
+    "sparse, nothing": (SparseCache(keep_ratio=0.0), Sparse(0.0)),
+    "sparse, everything": (SparseCache(keep_ratio=1.0), dual_from_the_second_step),
 }
 IN_ORDER = {name for name, (policy, _) in RULES.items() if isinstance(policy, DkvGreedy)}
 
@@ -136,12 +163,16 @@ class PlainSequence:
     length: int
     keys: list[dict[int, Tensor]] = field(init=False)
     values: list[dict[int, Tensor]] = field(init=False)
+    kept: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = [{} for _ in self.model.layers]
         self.values = [{} for _ in self.model.layers]
+        self.kept = [[] for _ in self.model.layers]
 
-    def run(self, tokens: list[int], rows: Sequence[int]) -> dict[int, Tensor]:
+    def run(
+        self, tokens: list[int], rows: Sequence[int], look: Look, sparse: Sparse | None = None
+    ) -> dict[int, Tensor]:
         """Logits of these rows by position."""
         model, context = self.model, self.model.context([self.padding], self.length)
         cos, sin = context.cos[0], context.sin[0]
@@ -150,7 +181,7 @@ class PlainSequence:
             low, high = x.chunk(2, dim=-1)
             return x * cos[places].unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin[places].unsqueeze(1)
 
-        order, seen = list(rows), range(self.padding, self.length)
+        order, visible, block = list(rows), range(self.padding, self.length), range(look.start, look.end)
         if not order:
             return {}
         x = model.embed(torch.tensor([tokens[row] for row in order]))
@@ -159,12 +190,18 @@ class PlainSequence:
             query, key, value = (model.project(weights, name, inner) for name in ("q_proj", "k_proj", "v_proj"))
             for place, row in enumerate(order):
                 self.keys[layer][row], self.values[layer][row] = key[place], value[place]
+            seen = list(visible)
+            if sparse and look.block_step > 2:
+                seen = [*self.kept[layer], *(row for row in block if row in visible)]
             every_key = torch.stack([self.keys[layer][row] for row in seen]).unflatten(1, (model.kv_heads, -1))
             every_value = torch.stack([self.values[layer][row] for row in seen]).unflatten(1, (model.kv_heads, -1))
             groups = model.heads // model.kv_heads
-            every_key = turn(every_key, list(seen)).repeat_interleave(groups, dim=1)
+            every_key = turn(every_key, seen).repeat_interleave(groups, dim=1)
             every_value = every_value.repeat_interleave(groups, dim=1)
             query = turn(query.unflatten(1, (model.heads, -1)), order)
+            if sparse and look.block_step == 2:
+                asking = query[[place for place, row in enumerate(order) if row in block and row in visible]]
+                self.kept[layer] = sparse.choose(asking, dict(zip(seen, every_key, strict=True)), block)
             weight = (torch.einsum("qhd,khd->hqk", query, every_key) / model.head_dim**0.5).softmax(-1)
             mixed = torch.einsum("hqk,khd->qhd", weight, every_value).flatten(1)
             x = x + model.project(weights, "attn_out", mixed)
@@ -193,7 +230,7 @@ class PlainPass:
         look = Look(self.step, self.block_step, block[0], block[1], len(canvas[0]), masked, before, upcoming)
         self.before = masked
         return [
-            sequence.run(tokens, self.rule(look, number))
+            sequence.run(tokens, self.rule(look, number), look, self.rule if isinstance(self.rule, Sparse) else None)
             for number, (sequence, tokens) in enumerate(zip(self.sequences, canvas, strict=True))
         ]
 

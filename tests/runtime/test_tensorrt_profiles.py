@@ -18,7 +18,7 @@ from dllm_export.graphs import GraphSpec, ModelShape, graph_specs
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
+from dllm_export.runtime.policies import CachePolicy, DkvDecode, DllmCache, NoCache, PrefixCache, SparseCache
 from dllm_export.runtime.session import GraphCall, Program, SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
 from dllm_export.runtime.tensorrt.library import Flavour
@@ -137,7 +137,7 @@ def test_only_standard_tensorrt_has_a_second_profile_and_only_for_layers_that_co
     }
     assert set(counts["tensorrt-rtx"].values()) == {1}
     double = {name for name, count in counts["tensorrt"].items() if count == 2}
-    assert double == {"layer_partial", "layer_adaptive"}
+    assert double == {"layer_partial", "layer_adaptive", "layer_compact"}
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,20 @@ POLICIES: Mapping[str, CachePolicy] = {
     "dllm-cache": DllmCache(prompt_interval=4, response_interval=3),
     "update-none": DllmCache(prompt_interval=4, response_interval=3, update_ratio=0.0),
     "update-all": DllmCache(prompt_interval=4, response_interval=3, update_ratio=1.0, first_layer_rule=False),
+    "prefix": PrefixCache(),
+    "dkv-decode": DkvDecode(),
+    "sparse": SparseCache(),
+    "sparse, everything": SparseCache(keep_ratio=1.0),
 }
 LAYERS_OF_POLICY = {
     "none": {"layer_full"},
     "dllm-cache": {"layer_full", "layer_partial", "layer_adaptive"},
     "update-none": {"layer_full", "layer_partial", "layer_adaptive", "layer_skip"},
     "update-all": {"layer_full", "layer_partial", "layer_adaptive"},
+    "prefix": {"layer_full", "layer_partial"},
+    "dkv-decode": {"layer_full", "layer_partial"},
+    "sparse": {"layer_full", "layer_partial", "layer_compact"},
+    "sparse, everything": {"layer_full", "layer_partial", "layer_compact"},
 }
 
 

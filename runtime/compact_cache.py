@@ -1,0 +1,98 @@
+"""A second, smaller cache beside the whole one: a block's rows and those it attends to most, layer by layer.
+
+Its C rows are laid out like a padded sequence: columns that a shorter sequence leaves empty, the kept rows, and the block's
+rows last. Which rows were kept never comes to the host. The halves alternate as those of the whole cache do.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllm_export.graphs import ModelShape, TensorType
+from dllm_export.runtime.buffers import Buffers, RequestShape
+from dllm_export.runtime.policies.policy import Compaction
+from dllm_export.runtime.session import Buffer, GraphCall
+
+
+class CompactCache:
+    """The compacted cache of one pass: graph calls that make it, and the tensors of a layer that runs against it."""
+
+    def __init__(self, buffers: Buffers, shape: ModelShape, request: RequestShape) -> None:
+        self._buffers, self._shape, self._request = buffers, shape, request
+        self._tables: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]] | None = None
+        self._placed: Compaction | None = None
+        self.half = 0
+        """Which half holds what was written last."""
+
+    def start(self, cos: NDArray[np.float64], sin: NDArray[np.float64], mask: NDArray[np.bool_]) -> None:
+        """Keep what stays fixed for a request: rotary tables [B, S, d/2] and the key mask [B, S]."""
+        self._tables, self._placed = (cos, sin, mask), None
+
+    def place(self, compaction: Compaction) -> None:
+        """Upload where the rows of a compaction lie, in the sequence and in the compacted cache."""
+        if compaction == self._placed:
+            return
+        assert self._tables is not None, "a request was started"
+        cos, sin, visible = self._tables
+        block, column = compaction.rows.array(), np.arange(compaction.count)
+        rows, limit = compaction.rows.count, np.array(compaction.kept)[:, None]
+        start = compaction.count - rows
+        own = np.take_along_axis(visible, block.astype(np.int64), axis=1)
+        tables = []
+        for table in (cos, sin):
+            compact = np.zeros((len(block), compaction.count, table.shape[2]))
+            compact[:, start:] = np.take_along_axis(table, block.astype(np.int64)[:, :, None], axis=1)
+            tables.append(compact)
+        arrays = {
+            "block": block,
+            "members": compaction.rows.mask(self._request.length),
+            "kept": column < rows + limit,
+            "index": np.tile(np.arange(start, compaction.count, dtype=np.int32), (len(block), 1)),
+            "slot": np.tile(np.maximum(column - start, 0).astype(np.int32), (len(block), 1)),
+            "fresh": np.tile(column >= start, (len(block), 1)),
+            "mask": np.concatenate((column[None, :start] >= start - limit, own), axis=1),
+            "cos": tables[0],
+            "sin": tables[1],
+        }
+        for name, array in arrays.items():
+            self._tensor(compaction, name).write(array)
+        self._placed = compaction
+
+    def _tensor(self, compaction: Compaction, name: str) -> Buffer:
+        rows, count = compaction.rows.count, compaction.count
+        types: dict[str, TensorType] = {"block": "int32", "index": "int32", "slot": "int32"}
+        types |= {"cos": "float32", "sin": "float32"}
+        columns = {"block": rows, "index": rows, "members": self._request.length}
+        dims: tuple[int, ...] = (self._request.batch, columns.get(name, count))
+        if name in ("cos", "sin"):
+            dims = (*dims, self._shape.head_dim // 2)
+        return self._buffers.get(f"{name}.compact.{rows}.{count}", dims, types.get(name, "bool"))
+
+    def _features(self, compaction: Compaction, name: str, layer: int, half: int) -> Buffer:
+        dims = (self._request.batch, compaction.count, self._shape.key_width)
+        return self._buffers.get(f"{name}.compact.{compaction.count}.{layer}.{half}", dims, "compute")
+
+    def _written(self, compaction: Compaction, layer: int) -> dict[str, Buffer]:
+        new = 1 - self.half
+        return {f"{name}_out": self._features(compaction, name, layer, new) for name in ("key", "value")}
+
+    def compact(self, compaction: Compaction, layer: int, whole: dict[str, Buffer]) -> GraphCall:
+        """The call that makes a layer's compacted cache from `hidden`, `key`, `value`, `cos`, `sin` and `mask` of all rows."""
+        count = compaction.count
+        chosen = {
+            "index": self._tensor(compaction, "block"),
+            "fresh": self._tensor(compaction, "members"),
+            "kept": self._tensor(compaction, "kept"),
+            "budget": self._buffers.constant(f"budget.{count}", np.array([count]), "int64"),
+            "index_out": self._buffers.get(f"index_out.compact.{count}", (self._request.batch, count), "int32"),
+            "relevance": self._buffers.get("relevance", (self._request.batch, self._request.length), "float32"),
+        }
+        return GraphCall("layer_compact", layer, {**whole, **chosen, **self._written(compaction, layer)})
+
+    def tensors(self, compaction: Compaction, layer: int) -> dict[str, Buffer]:
+        """What `layer_partial` takes and gives where it runs against the compacted cache."""
+        names = ("index", "slot", "fresh", "cos", "sin", "mask")
+        cached = {name: self._features(compaction, name, layer, self.half) for name in ("key", "value")}
+        placed = {name: self._tensor(compaction, name) for name in names}
+        return {**cached, **placed, **self._written(compaction, layer)}
