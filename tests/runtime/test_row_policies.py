@@ -386,6 +386,26 @@ def test_a_batch_gives_what_its_sequences_give_alone(name: str, open_model: Open
 
 
 @every_rule
+def test_a_request_finds_nothing_of_the_one_before(name: str, open_model: OpenModel) -> None:
+    """Requests of one shape share buffers and programs; here the padding is another."""
+    lm, policy, options = open_model("float64"), RULES[name][0], options_for(name, gen_length=16, block_length=8)
+    texts, others = prompts(12, 7), prompts(8, 12, seed=3)
+    first, _, again = (lm.run(lm.continuation(each, options), options, policy) for each in (texts, others, texts))
+    assert [result.tokens for result in first] == [result.tokens for result in again]
+
+
+@pytest.mark.parametrize("provider", ["onnxruntime", "torch"])
+@every_rule
+def test_every_provider_gives_the_tokens_of_the_reference(name: str, provider: str, open_model: OpenModel) -> None:
+    policy, options = RULES[name][0], options_for(name, gen_length=24, block_length=8, cfg_scale=0.6)
+    results = []
+    for each in ("float64", provider):
+        lm = open_model(each)
+        results.append([result.tokens for result in lm.run(lm.continuation(prompts(11, 5), options), options, policy)])
+    assert results[0] == results[1]
+
+
+@every_rule
 def test_the_cases_tell_a_cache_from_none(name: str, open_model: OpenModel) -> None:
     """The comparison above can fail: without a cache a request comes out differently."""
     lm, (policy, _) = open_model("float64"), RULES[name]
