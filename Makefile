@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(TOOLS): $(STAMP)
 	@echo "set-up: installing the tools of the tests"
-	@$(PIP_INSTALL) -e '.[export,onnxruntime,tensorrt-rtx,polygraphy,dev]'
+	@$(PIP_INSTALL) -e '.[export,onnxruntime,tensorrt-rtx,polygraphy,plots,dev]'
 	@# Type stubs: what they depend on cannot be installed, and in site-packages they would pass for TensorRT itself.
 	@$(PIP_INSTALL) --no-deps --upgrade --target .venv/stubs tensorrt-stubs
 	@touch $@

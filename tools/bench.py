@@ -32,16 +32,15 @@ from dllm_export.tools.bench_columns import Sizes, make_columns, run_in_turns
 from dllm_export.tools.bench_report import (
     OUTSIDE_BAR,
     BenchReport,
-    Others,
     Rounds,
     agreement,
     column_report,
-    describe_machine,
     print_report,
     ratio,
 )
 from dllm_export.tools.eager import EagerModel, load_eager
 from dllm_export.tools.flags import Command, from_fields, report_flag, shared_flags
+from dllm_export.tools.machine import Others, describe_machine
 from dllm_export.tools.output import print_json, show_progress, write_report
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from dllm_export.tools.bench_columns import Column, Step
-from dllm_export.tools.machine import find_memory, find_version
+from dllm_export.tools.machine import QUIET
 from dllm_export.tools.output import make_table, notes, print_warning
 
 OUTSIDE_BAR = 0.10
-QUIET = 0.05
-"""Most of the machine's processor time that others may take. With more, threads that wait for one another at every
-operation (PyTorch's most of all) are slowed down many times over, and ratios mean nothing."""
 KINDS = ("full", "refresh_response", "refresh_prompt", "partial")
 
 Rounds = Sequence[Sequence[Step]]
@@ -89,34 +83,6 @@ class BenchReport:
     """Share of the machine's processor time that other processes took meanwhile."""
 
 
-@dataclass(slots=True)
-class Others:
-    """Measures what other processes take of the processors while the block runs; None where the system does not tell."""
-
-    share: float | None = None
-    _start: tuple[float, float, float] | None = None
-
-    def __enter__(self) -> Others:
-        self._start = processor_seconds()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._start is not None and (end := processor_seconds()) is not None:
-            every, idle, own = (after - before for before, after in zip(self._start, end, strict=True))
-            self.share = max(0.0, every - idle - own) / max(every, 1e-9)
-
-
-def processor_seconds() -> tuple[float, float, float] | None:
-    """Seconds of all processors since the start of the machine: all, idle, and those of this process."""
-    stat = Path("/proc/stat")
-    if not stat.is_file():
-        return None
-    # user nice system idle iowait irq softirq steal; what follows is already in user and nice
-    ticks = [int(number) for number in stat.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    rate, own = os.sysconf("SC_CLK_TCK"), os.times()
-    return sum(ticks) / rate, (ticks[3] + ticks[4]) / rate, own.user + own.system
-
-
 def column_report(column: Column, rounds: Rounds) -> ColumnReport:
     """Totals over all rounds and times by kind of step."""
     steps = [step for steps in rounds for step in steps]
@@ -175,27 +141,6 @@ def agreement(columns: Sequence[Column], times: Sequence[Rounds], pair: tuple[in
     share = float(np.mean(np.equal(found[-1].tokens, expected[-1].tokens)))
     column, reference = (columns[number].name for number in pair)
     return Agreement(column, reference, share, next(differing, None))
-
-
-def describe_machine(threads: int) -> dict[str, object]:
-    """What the figures depend on beside the code."""
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "memory": find_memory(),
-        "threads": threads,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: find_version(name) for name in ("torch", "onnxruntime", "onnx", "numpy")},
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def print_report(report: BenchReport) -> None:

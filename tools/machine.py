@@ -24,11 +24,13 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt_rtx"),
     "cuda": ("cuda-bindings",),
     "polygraphy": ("polygraphy",),
+    "matplotlib": ("matplotlib",),
 }
 """Package -> the names it is distributed under."""
 
 EXTRAS: Mapping[str, str] = {
     "cuda": "tensorrt",
+    "matplotlib": "plots",
     "onnx": "export",
     "onnxruntime": "onnxruntime",
     "polygraphy": "polygraphy",
@@ -37,6 +39,11 @@ EXTRAS: Mapping[str, str] = {
     "torch": "export",
 }
 """Package -> the extra of dllm-export that brings it; the others always come along."""
+
+
+QUIET = 0.05
+"""Most of the machine's processor time that others may take. With more, threads that wait for one another at every
+operation (PyTorch's most of all) are slowed down many times over, and ratios mean nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,3 +126,52 @@ def find_gpus() -> Iterator[Gpu]:
     for line in result.stdout.splitlines():
         name, driver, capability = (part.strip() for part in line.rsplit(",", 2))
         yield Gpu(name=name, driver=driver, capability=capability)
+
+
+def describe_machine(threads: int) -> dict[str, object]:
+    """What the figures depend on beside the code."""
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "memory": find_memory(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: find_version(name) for name in ("torch", "onnxruntime", "onnx", "numpy")},
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+@dataclass(slots=True)
+class Others:
+    """Measures what other processes take of the processors while the block runs; None where the system does not tell."""
+
+    share: float | None = None
+    _start: tuple[float, float, float] | None = None
+
+    def __enter__(self) -> Others:
+        self._start = processor_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._start is not None and (end := processor_seconds()) is not None:
+            every, idle, own = (after - before for before, after in zip(self._start, end, strict=True))
+            self.share = max(0.0, every - idle - own) / max(every, 1e-9)
+
+
+def processor_seconds() -> tuple[float, float, float] | None:
+    """Seconds of all processors since the start of the machine: all, idle, and those of this process."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    # user nice system idle iowait irq softirq steal; what follows is already in user and nice
+    ticks = [int(number) for number in stat.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    rate, own = os.sysconf("SC_CLK_TCK"), os.times()
+    return sum(ticks) / rate, (ticks[3] + ticks[4]) / rate, own.user + own.system

@@ -17,7 +17,8 @@ import pytest
 from dllm_export.errors import UsageError
 from dllm_export.tools.bench import BenchOptions
 from dllm_export.tools.bench_columns import Column, Step, run_in_turns
-from dllm_export.tools.bench_report import Others, agreement, ratio
+from dllm_export.tools.bench_report import agreement, ratio
+from dllm_export.tools.machine import Others
 
 NAMES = ["eager none", "eager dllm-cache 25/5/0.25", "onnxruntime none", "onnxruntime dllm-cache 25/5/0.25"]
 

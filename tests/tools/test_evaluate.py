@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Annotation
 
 from dllm_export.errors import UsageError
 from dllm_export.exporter.options import ExportOptions
@@ -18,7 +24,8 @@ from dllm_export.exporter.pipeline import export
 from dllm_export.runtime.policies import POLICIES
 from dllm_export.runtime.transfers import TRANSFERS
 from dllm_export.tools import cli
-from dllm_export.tools.evaluate import wilson_interval
+from dllm_export.tools.frontier import Evaluation, Outcome, find_frontier, wilson_interval
+from dllm_export.tools.frontier_chart import draw_chart
 from dllm_export.tools.worksheets import held_out
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "worksheets-4m"
@@ -50,6 +57,9 @@ def test_every_pair_answers_the_same_worksheets(evaluate: Evaluate) -> None:
     assert result.exit_code == 0, result.output
     outcomes, in_any_order = outcomes_of(result.stdout), POLICIES.keys() - {"dkv-greedy"}
     assert outcomes.keys() == {(policy, rule) for policy in in_any_order for rule in TRANSFERS}
+    refusals = json.loads(result.stdout)["refusals"]
+    assert {(one["policy"], one["transfer"]) for one in refusals} == {("dkv-greedy", rule) for rule in TRANSFERS}
+    assert all("--policy dkv-greedy must know which rows a step decides" in one["reason"] for one in refusals)
     quota = outcomes["none", "quota"]
     assert (quota["asked"], quota["tokens"], quota["passes"]) == (12, 96, 96)
     for outcome in outcomes.values():
@@ -68,6 +78,124 @@ def test_a_report_goes_on_where_it_stopped(evaluate: Evaluate, tmp_path: Path) -
     both = outcomes_of(report.read_text())
     assert both.keys() == {("none", "threshold"), ("none", "factor")}
     assert both["none", "threshold"] == first["none", "threshold"], "not run again: its seconds are the same"
+
+
+def test_the_table_and_the_picture_lie_beside_the_report(evaluate: Evaluate, tmp_path: Path) -> None:
+    report, chart = tmp_path / "report.json", tmp_path / "chart.png"
+    choice = ("--policies", "none,dual", "--transfers", "threshold", "--block-length", 16)
+    result = evaluate(*SMALL, *choice, "--report", report, "--chart", chart)
+    assert result.exit_code == 0, result.output
+    outcomes = outcomes_of(report.read_text())
+    header, line, *rows = report.with_suffix(".md").read_text().splitlines()
+    assert header == "| policy | rule | tokens/s | tokens per pass | right | 95 % interval |"
+    assert line.count("---") == 6
+    for (policy, rule), one in outcomes.items():
+        speed, share = one["tokens"] / one["seconds"], one["right"] / one["asked"]
+        cells = f"| {policy} | {rule} | {speed:.0f} | {one['tokens'] / one['passes']:.1f} | {share:.1%} of 12 | "
+        assert sum(row.startswith(cells) for row in rows) == 1
+        assert 0 <= one["others"] <= 1
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+REFUSING = """
+from dataclasses import dataclass
+from typing import ClassVar
+from dllm_export.runtime.policies import NoCache
+from dllm_export.runtime.transfers import Transfer
+
+@dataclass(frozen=True)
+class Picky(Transfer):
+    name: ClassVar[str] = "picky"
+
+    def choose(self, state):
+        raise ValueError("not these rows")
+"""
+
+
+def test_pairs_that_do_not_go_together_are_listed_and_the_others_run(bundle: Path, tmp_path: Path) -> None:
+    """A rule of an installed package that always fails."""
+    record = tmp_path / "site" / "picky-1.0.dist-info"
+    record.mkdir(parents=True)
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: picky\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text("[dllm_export.transfers]\npicky = picky:Picky\n")
+    (tmp_path / "site" / "picky.py").write_text(REFUSING)
+    path = os.pathsep.join((str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dllm_export.tools.cli", "evaluate", str(bundle), "--threads", "1", *arguments]
+        return subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+
+    small = ("--sheets", "1", "--problems", "6", "--policies", "none")
+    report = tmp_path / "report.json"
+    done = run(*small, "--transfers", "picky,threshold", "--report", str(report), "--json")
+    assert done.returncode == 0, done.stderr
+    assert outcomes_of(done.stdout).keys() == {("none", "threshold")}
+    (refusal,) = json.loads(done.stdout)["refusals"]
+    assert (refusal["policy"], refusal["transfer"]) == ("none", "picky")
+    assert "the decoding rule 'picky' failed" in refusal["reason"]
+    assert "not these rows" in refusal["reason"]
+    assert "Not possible: none with picky: the decoding rule 'picky' failed" in report.with_suffix(".md").read_text()
+    done = run(*small, "--transfers", "picky")
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr.startswith(
+        "error: no policy could be run with any rule; the first reason: the decoding rule 'picky'"
+    )
+
+
+def test_a_picture_needs_matplotlib_and_a_name_that_says_its_format(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "expected a name in .png, .svg or .pdf" in evaluate("--chart", tmp_path / "chart.gif").output
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = evaluate("--chart", tmp_path / "chart.png")
+    assert str(result.exception) == "--chart needs the package matplotlib: pip install 'dllm-export[plots]'"
+
+
+def random_evaluation(seed: int, policies: int, rules: int) -> Evaluation:
+    """Outcomes that lie on one another and close together, as measured ones do."""
+    rng, outcomes = random.Random(seed), []
+    for policy, rule in product(range(policies), range(rules)):
+        right = 96 - rng.choice((0, 0, 0, 1, 2, 40))
+        low, high = wilson_interval(right, 96)
+        names = {
+            "policy": f"policy-{policy}",
+            "transfer": f"a-rule-{rule}",
+            "policy_settings": {},
+            "transfer_settings": {},
+        }
+        figures = {"tokens": 768, "passes": rng.choice((48, 50, 768)), "seconds": rng.choice((0.5, 1.0, 1.1)) * 4**rule}
+        outcomes.append(Outcome(**names, **figures, right=right, asked=96, low=low, high=high))
+    return Evaluation(settings={}, machine={}, outcomes=outcomes)
+
+
+@pytest.mark.parametrize(("policies", "rules"), [(1, 1), (2, 3), (6, 5), (10, 9)])
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_of_the_picture_do_not_overlap(policies: int, rules: int, seed: int, tmp_path: Path) -> None:
+    figure = draw_chart(random_evaluation(seed, policies, rules), tmp_path / "chart.png")
+    for axes in figure.axes:
+        labels = [child for child in axes.get_children() if isinstance(child, Annotation)]
+        assert labels, "the frontier is named"
+        boxes = [label.get_bbox_patch().get_window_extent() for label in labels]
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+        panel = axes.get_window_extent()
+        assert all(panel.x0 <= box.x0 and box.x1 <= panel.x1 and box.y1 <= panel.y1 for box in boxes)
+    keys = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert keys == [f"policy-{one}" for one in range(policies)] + [f"a-rule-{one}" for one in range(rules)]
+    for legend in figure.legends:
+        assert figure.bbox.x1 > legend.get_window_extent().x1
+        assert figure.axes[0].get_tightbbox().y0 > legend.get_window_extent().y1
+
+
+@given(st.lists(st.tuples(st.integers(0, 6).map(float), st.integers(0, 6).map(float)), min_size=1, max_size=12))
+def test_the_frontier_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+    def beaten(one: tuple[float, float]) -> bool:
+        return any(other[0] >= one[0] and other[1] >= one[1] and other != one for other in points)
+
+    found = find_frontier(points)
+    assert sorted(found) == [place for place, one in enumerate(points) if not beaten(one)]
+    assert [points[place][0] for place in found] == sorted(points[place][0] for place in found)
 
 
 def test_a_report_of_other_settings_is_kept(evaluate: Evaluate, tmp_path: Path) -> None:
@@ -118,7 +246,6 @@ def test_a_suite_that_cannot_be_read_names_the_line(
         (("--transfers", "treshold"), "did you mean threshold?"),
         (("--transfers", ","), "nothing to evaluate"),
         (("--suite", "nowhere.jsonl"), "expected demo or a JSONL file"),
-        (("--policies", "none,dkv-greedy"), "--policy dkv-greedy must know which rows a step decides"),
         (("--sheets", "0"), "--sheets must be at least 1"),
     ],
 )
