@@ -6,6 +6,8 @@ rows last. Which rows were kept never comes to the host. The halves alternate as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,12 @@ from dllm_export.graphs import ModelShape, TensorType
 from dllm_export.runtime.buffers import Buffers, RequestShape
 from dllm_export.runtime.policies.policy import Compaction
 from dllm_export.runtime.session import Buffer, GraphCall
+
+TYPES: Mapping[str, TensorType] = {
+    **dict.fromkeys(("block", "index", "slot"), "int32"),
+    **dict.fromkeys(("cos", "sin"), "float32"),
+}
+"""Types of what says where rows lie; the rest is true or false."""
 
 
 class CompactCache:
@@ -22,6 +30,7 @@ class CompactCache:
         self._buffers, self._shape, self._request = buffers, shape, request
         self._tables: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]] | None = None
         self._placed: Compaction | None = None
+        self._layout: dict[str, Buffer] = {}
         self.half = 0
         """Which half holds what was written last."""
 
@@ -55,19 +64,13 @@ class CompactCache:
             "cos": tables[0],
             "sin": tables[1],
         }
+        self._layout = {
+            name: self._buffers.get(f"{name}.compact.{rows}.{compaction.count}", array.shape, TYPES.get(name, "bool"))
+            for name, array in arrays.items()
+        }
         for name, array in arrays.items():
-            self._tensor(compaction, name).write(array)
+            self._layout[name].write(array)
         self._placed = compaction
-
-    def _tensor(self, compaction: Compaction, name: str) -> Buffer:
-        rows, count = compaction.rows.count, compaction.count
-        types: dict[str, TensorType] = {"block": "int32", "index": "int32", "slot": "int32"}
-        types |= {"cos": "float32", "sin": "float32"}
-        columns = {"block": rows, "index": rows, "members": self._request.length}
-        dims: tuple[int, ...] = (self._request.batch, columns.get(name, count))
-        if name in ("cos", "sin"):
-            dims = (*dims, self._shape.head_dim // 2)
-        return self._buffers.get(f"{name}.compact.{rows}.{count}", dims, types.get(name, "bool"))
 
     def _features(self, compaction: Compaction, name: str, layer: int, half: int) -> Buffer:
         dims = (self._request.batch, compaction.count, self._shape.key_width)
@@ -81,9 +84,9 @@ class CompactCache:
         """The call that makes a layer's compacted cache from `hidden`, `key`, `value`, `cos`, `sin` and `mask` of all rows."""
         count = compaction.count
         chosen = {
-            "index": self._tensor(compaction, "block"),
-            "fresh": self._tensor(compaction, "members"),
-            "kept": self._tensor(compaction, "kept"),
+            "index": self._layout["block"],
+            "fresh": self._layout["members"],
+            "kept": self._layout["kept"],
             "budget": self._buffers.constant(f"budget.{count}", np.array([count]), "int64"),
             "index_out": self._buffers.get(f"index_out.compact.{count}", (self._request.batch, count), "int32"),
             "relevance": self._buffers.get("relevance", (self._request.batch, self._request.length), "float32"),
@@ -94,5 +97,5 @@ class CompactCache:
         """What `layer_partial` takes and gives where it runs against the compacted cache."""
         names = ("index", "slot", "fresh", "cos", "sin", "mask")
         cached = {name: self._features(compaction, name, layer, self.half) for name in ("key", "value")}
-        placed = {name: self._tensor(compaction, name) for name in names}
+        placed = {name: self._layout[name] for name in names}
         return {**cached, **placed, **self._written(compaction, layer)}
