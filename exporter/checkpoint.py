@@ -91,6 +91,12 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
+def add_indicator(config: ModelConfig, rank: int) -> ModelConfig:
+    """The same model with a change indicator of this width, or as wide as a key if that is less."""
+    shape = config.shape
+    return replace(config, shape=replace(shape, indicator_rank=min(rank, shape.key_width, shape.hidden)))
+
+
 def truncate(config: ModelConfig, layers: int) -> ModelConfig:
     """The same model with its first layers only."""
     if not 1 <= layers <= config.shape.layers:

@@ -28,13 +28,14 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
     cos, sin = rotary_tables(shape, np.maximum(columns - padding, 0))
     alive = np.tile(np.arange(PROMPT, LENGTH, dtype=np.int32), (BATCH, 1))
     whole = graph in ("layer_full", "layer_compact")
+    placed = any(tensor.name == "fresh" for tensor in spec.inputs)
     rows = LENGTH if whole else RESPONSE
     known: dict[str, NDArray[np.generic]] = {
         "tokens": rng.integers(0, shape.vocab, (BATCH, rows)).astype(np.int32),
         "cos": cos,
         "sin": sin,
         "mask": columns >= padding,
-        "index": alive if graph.startswith("layer_") else rng.integers(0, RESPONSE, (BATCH, BUDGET)).astype(np.int32),
+        "index": alive if placed else rng.integers(0, RESPONSE, (BATCH, BUDGET)).astype(np.int32),
         "slot": np.tile(np.maximum(columns - PROMPT, 0).astype(np.int32), (BATCH, 1)),
         "fresh": np.tile(columns >= PROMPT, (BATCH, 1)),
         # Where a layer keeps rows by their score it keeps all, so that near-equal scores of half types do not count.

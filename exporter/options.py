@@ -23,6 +23,10 @@ class ExportOptions:
     family: str | None = option(None, "take the checkpoint for this family instead of detecting it")
     mask_id: int | None = option(None, "id of the mask token, where config.json does not state it")
     num_layers: int | None = option(None, "export only the first layers (for trials)")
+    indicator_rank: int = option(
+        128,
+        "width of the change indicator that --policy spa picks rows by, at most the width of a key; 0 leaves it out",
+    )
     no_tokenizer: bool = option(False, "export without a tokenizer; the bundle then works on token ids")
     force: bool = option(False, "replace an existing bundle")
 
@@ -30,3 +34,5 @@ class ExportOptions:
         for name, known in (("dtype", get_args(ExportType)), ("weights", get_args(WeightsForm))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)!r}, expected one of: {', '.join(known)}")
+        if self.indicator_rank < 0:
+            raise UsageError(f"--indicator-rank is {self.indicator_rank}, expected 0 (no indicator) or more")

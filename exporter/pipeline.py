@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dllm_export import __version__
-from dllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
+from dllm_export.exporter.checkpoint import Checkpoint, add_indicator, open_checkpoint
 from dllm_export.exporter.onnx_graph import ExternalTensor, build_onnx
 from dllm_export.exporter.onnx_ops import OPSET
 from dllm_export.exporter.options import ExportOptions
@@ -43,6 +43,7 @@ def export(
     """Export a model directory and return the verified bundle."""
     report = progress or (lambda what, step, steps: None)
     checkpoint = open_checkpoint(model, family=options.family, mask_id=options.mask_id, layers=options.num_layers)
+    checkpoint = replace(checkpoint, config=add_indicator(checkpoint.config, options.indicator_rank))
     require_space(target, checkpoint.config.shape.weight_count * ITEM_SIZE[options.dtype])
     steps = checkpoint.config.shape.layers + 3
     with replacing(target, force=options.force) as root:

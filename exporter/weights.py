@@ -12,6 +12,7 @@ from dllm_export.errors import CheckpointError
 from dllm_export.exporter.checkpoint import Checkpoint, all_finite
 from dllm_export.exporter.pack import save_tensors
 from dllm_export.exporter.probe import Probe
+from dllm_export.exporter.proxy import make_proxy
 from dllm_export.graphs import DType
 from dllm_export.graphs.families import BIAS_SLOTS, LAYER_SLOTS
 from dllm_export.runtime.manifest import WeightRecord
@@ -54,7 +55,11 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
         with checkpoint.reading() as load:
             raw = {slot: load(names.in_layer(slot, layer)) for slot in slots}
             probe.run_layer(raw)
-            layers.append(_save(fuse_layer(raw), dtype, root, layer_file(layer)))
+            weights = fuse_layer(raw)
+            if config.shape.indicator_rank:
+                weights["proxy"] = make_proxy(raw["v"], config.shape.indicator_rank)
+            layers.append(_save(weights, dtype, root, layer_file(layer)))
+            weights.clear()
             raw.clear()  # or the shard stays mapped
         yield None
     yield StoredWeights(tuple(layers), _write_model(checkpoint, dtype, root, probe))

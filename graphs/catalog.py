@@ -57,7 +57,8 @@ HeadGraph = Literal["head", "head_tracked", "head_credited"]
 PROJECTIONS = ("norm1", "qk", "v", "qk_bias", "v_bias")
 """Weights that a layer's first stage uses; its second stage has the others."""
 
-LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive")
+LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking")
+"""Graphs that compute a layer of every bundle; `layer_indicated` comes with an indicator."""
 
 
 def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
@@ -92,7 +93,7 @@ def with_stages(specs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
 def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     """Every graph of a model of this shape, by name."""
     d, kv, half = shape.hidden, shape.key_width, shape.head_dim // 2
-    top = min(TOP_TOKENS, shape.vocab)
+    rank, top = shape.indicator_rank, min(TOP_TOKENS, shape.vocab)
     layer = layer_weights(shape)
     table = TensorSpec("embedding", "compute", (shape.vocab, d))
     norm = TensorSpec("norm", "compute", (d,))
@@ -121,6 +122,81 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     placed = (positions("slot", "S"), TensorSpec("fresh", "bool", ("B", "S")))
     cache = (rows("key", "S", kv), rows("value", "S", kv))
     cache_out = (rows("key_out", "S", kv), rows("value_out", "S", kv))
+    proxy = TensorSpec("proxy", "compute", (d, rank))
+
+    def pick(
+        name: str,
+        function: GraphFunction,
+        project: GraphFunction,
+        reference: tuple[TensorSpec, ...] = (),
+        weights: tuple[TensorSpec, ...] = (),
+        renewed: tuple[TensorSpec, ...] = (),
+    ) -> GraphSpec:
+        """A layer that picks `budget` of its alive rows by their drift from `reference`."""
+        hidden, delta = rows("hidden", "X", d), rows("delta", "X", d)
+        hidden_out, delta_out = rows("hidden_out", "X", d), rows("delta_out", "X", d)
+        index_out, drift = positions("index_out", "Q"), TensorSpec("drift", "float32", ("B", "X"))
+        chosen = (TensorSpec("budget", "int64", (1,)), TensorSpec("forced", "bool", ("B", "X")))
+        placed_rows = (positions("index", "X"), *placed, *cache)
+        return GraphSpec(
+            name,
+            (hidden, *placed_rows, delta, *reference, *chosen, *context),
+            (*layer, *weights),
+            (hidden_out, *cache_out, delta_out, *renewed, index_out, drift),
+            function,
+            stages=(
+                GraphSpec(
+                    f"{name}.project",
+                    (hidden, *placed_rows, *reference, *chosen, *rotary),
+                    (*projections, *weights),
+                    (
+                        query("query_out"),
+                        *cache_out,
+                        *renewed,
+                        index_out,
+                        positions("row_out", "Q"),
+                        TensorSpec("chosen_out", "bool", ("B", "X")),
+                        positions("rank_out", "X"),
+                        drift,
+                    ),
+                    project,
+                ),
+                GraphSpec(
+                    f"{name}.finish",
+                    (
+                        hidden,
+                        delta,
+                        query("query"),
+                        *cache,
+                        positions("row", "Q"),
+                        TensorSpec("chosen", "bool", ("B", "X")),
+                        positions("rank", "X"),
+                        mask,
+                    ),
+                    others,
+                    (hidden_out, delta_out),
+                    picking.finish_picked,
+                ),
+            ),
+        )
+
+    indicated = (
+        pick(
+            "layer_indicated",
+            steps.layer_indicated,
+            steps.project_indicated,
+            reference=(rows("indicator", "X", rank),),
+            weights=(proxy,),
+            renewed=(rows("indicator_out", "X", rank),),
+        ),
+        GraphSpec(
+            "layer_indicator",
+            (rows("hidden", "N", d), positions("index", "Q")),
+            (layer[0], proxy),
+            (rows("indicator_out", "Q", rank),),
+            steps.layer_indicator,
+        ),
+    )
     candidates = (rows("hidden", "X", d), positions("index", "Q"), TensorSpec("bias", "float32", (shape.vocab,)))
     guided = (*candidates, rows("guidance", "X", d), TensorSpec("cfg_scale", "compute", (1,)))
     statistics = (
@@ -162,69 +238,9 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                 ),
             ),
         ),
-        GraphSpec(
-            "layer_adaptive",
-            (
-                rows("hidden", "X", d),
-                positions("index", "X"),
-                *placed,
-                *cache,
-                rows("delta", "X", d),
-                TensorSpec("budget", "int64", (1,)),
-                TensorSpec("forced", "bool", ("B", "X")),
-                *context,
-            ),
-            layer,
-            (
-                rows("hidden_out", "X", d),
-                *cache_out,
-                rows("delta_out", "X", d),
-                positions("index_out", "Q"),
-                TensorSpec("drift", "float32", ("B", "X")),
-            ),
-            steps.layer_adaptive,
-            stages=(
-                GraphSpec(
-                    "layer_adaptive.project",
-                    (
-                        rows("hidden", "X", d),
-                        positions("index", "X"),
-                        *placed,
-                        *cache,
-                        TensorSpec("budget", "int64", (1,)),
-                        TensorSpec("forced", "bool", ("B", "X")),
-                        *rotary,
-                    ),
-                    projections,
-                    (
-                        query("query_out"),
-                        *cache_out,
-                        positions("index_out", "Q"),
-                        positions("row_out", "Q"),
-                        TensorSpec("chosen_out", "bool", ("B", "X")),
-                        positions("rank_out", "X"),
-                        TensorSpec("drift", "float32", ("B", "X")),
-                    ),
-                    steps.project_adaptive,
-                ),
-                GraphSpec(
-                    "layer_adaptive.finish",
-                    (
-                        rows("hidden", "X", d),
-                        rows("delta", "X", d),
-                        query("query"),
-                        *cache,
-                        positions("row", "Q"),
-                        TensorSpec("chosen", "bool", ("B", "X")),
-                        positions("rank", "X"),
-                        mask,
-                    ),
-                    others,
-                    (rows("hidden_out", "X", d), rows("delta_out", "X", d)),
-                    picking.finish_picked,
-                ),
-            ),
-        ),
+        pick("layer_adaptive", steps.layer_adaptive, steps.project_adaptive),
+        pick("layer_tracking", steps.layer_tracking, steps.project_tracking, reference=(rows("seen", "X", d),)),
+        *(indicated if rank else ()),
         GraphSpec(
             "layer_compact",
             (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
 from dllm_export.graphs.layers import finish_rows, hand_over, put_rows
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
+
+Stage = Callable[[Ops[T], ModelShape, Mapping[str, T]], dict[str, T]]
 
 FORCED_DRIFT = 4.0
 """Drift is at most 2, so a row with this score is chosen before every other."""
@@ -79,9 +81,7 @@ def finish_picked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[st
     return {"hidden_out": ops.add(t["hidden"], delta), "delta_out": delta}
 
 
-def update_picked(
-    ops: Ops[T], shape: ModelShape, picked: Picked[T], query: T, key: T, value: T, t: Mapping[str, T]
-) -> dict[str, T]:
-    """Both stages of a picking layer after its choice."""
-    first = list_picked(picked, query, key, value)
+def pick_layer(project: Stage[T], ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Both stages of a picking layer whose first one is `project`."""
+    first = project(ops, shape, t)
     return first | finish_picked(ops, shape, hand_over(t, first))

@@ -35,6 +35,8 @@ class ModelShape:
     tied_head: bool = False
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
+    indicator_rank: int = 0
+    """Width of the change indicator that an export prepared for `layer_indicated`; 0 for a bundle without."""
 
     @property
     def query_width(self) -> int:

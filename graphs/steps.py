@@ -17,7 +17,7 @@ from dllm_export.graphs.layers import (
     put_rows,
 )
 from dllm_export.graphs.ops import Ops, T
-from dllm_export.graphs.picking import finish_picked, list_picked, measure_drift, pick_rows, put_picked, rotary_rows
+from dllm_export.graphs.picking import list_picked, measure_drift, pick_layer, pick_rows, put_picked, rotary_rows
 from dllm_export.graphs.shape import ModelShape
 
 
@@ -81,8 +81,57 @@ def layer_adaptive(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[s
     attention and MLP run for the picked rows only; the other rows advance by their cached delta. `index`, `slot`, `fresh`
     place the alive rows in the sequence as in `layer_partial`; a row that is alive but not fresh keeps its cached value.
     """
-    first = project_adaptive(ops, shape, t)
-    return first | finish_picked(ops, shape, hand_over(t, first))
+    return pick_layer(project_adaptive, ops, shape, t)
+
+
+def project_tracking(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """First stage of `layer_tracking`: as of `layer_adaptive`, with keys and values of the picked rows alone."""
+    drift = measure_drift(ops, t["hidden"], t["seen"])
+    picked = pick_rows(ops, drift, t)
+    inner = normalize(ops, ops.take_rows(t["hidden"], picked.row), t["norm1"], shape.norm_eps)
+    query, new_key = project_query_key(ops, shape, inner, *rotary_rows(ops, picked, t), t)
+    key = put_picked(ops, picked, new_key, t, t["key"])
+    value = put_picked(ops, picked, project_value(ops, inner, t), t, t["value"])
+    return list_picked(picked, query, key, value) | {"drift": drift}
+
+
+def layer_tracking(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """As `layer_adaptive`, but rows are picked by the drift of the layer's input since the last step, `seen`.
+
+    Dynamic-dLLM (arXiv 2606.26120): the input's drift foretells that of everything computed from it, so that keys and
+    values too are projected and stored for the picked rows alone.
+    """
+    return pick_layer(project_tracking, ops, shape, t)
+
+
+def project_indicated(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """First stage of `layer_indicated`: as of `layer_adaptive`, with keys, values and indicators of all alive rows."""
+    inner = normalize(ops, t["hidden"], t["norm1"], shape.norm_eps)
+    indicator = ops.matmul(inner, t["proxy"])
+    drift = measure_drift(ops, indicator, t["indicator"])
+    cos, sin = (ops.take_rows(t[name], t["index"]) for name in ("cos", "sin"))
+    query, new_key = project_query_key(ops, shape, inner, cos, sin, t)
+    key = put_rows(ops, new_key, t["slot"], t["fresh"], t["key"])
+    value = put_rows(ops, project_value(ops, inner, t), t["slot"], t["fresh"], t["value"])
+    picked = pick_rows(ops, drift, t)
+    listed = list_picked(picked, ops.take_rows(query, picked.row), key, value)
+    return listed | {"indicator_out": indicator, "drift": drift}
+
+
+def layer_indicated(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """As `layer_adaptive`, but rows are picked by the drift of a narrow `indicator` of their value.
+
+    SPA-Cache (arXiv 2602.02544): keys, values and indicators of all alive rows are projected and stored; attention and MLP
+    run for the picked rows only. Queries share a product with the keys, and those of the other rows are thrown away:
+    cutting their half out of the fused weight at every call would cost more.
+    """
+    return pick_layer(project_indicated, ops, shape, t)
+
+
+def layer_indicator(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Indicators of rows entering a layer: what `layer_indicated` compares with after a step that ran another graph."""
+    inner = normalize(ops, ops.take_rows(t["hidden"], t["index"]), t["norm1"], shape.norm_eps)
+    return {"indicator_out": ops.matmul(inner, t["proxy"])}
 
 
 def layer_skip(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:

@@ -52,10 +52,12 @@ class Buffers:
         return self._by_name[name]
 
     def cache(self, name: str, layer: int, half: int) -> Buffer:
-        """Cached `key` or `value` of all rows, or `delta` of the response rows."""
-        request, shape = self._request, self._shape
-        rows, width = (request.response_rows, shape.hidden) if name == "delta" else (request.length, shape.key_width)
-        return self.get(f"{name}.{layer}.{half}", (request.batch, rows, width), "compute")
+        """Cached `key` or `value` of all rows, or `delta`, `input` or `indicator` of the response rows."""
+        shape = self._shape
+        widths = {"delta": shape.hidden, "input": shape.hidden, "indicator": shape.indicator_rank}
+        rows = self._request.response_rows if name in widths else self._request.length
+        dims = (self._request.batch, rows, widths.get(name, shape.key_width))
+        return self.get(f"{name}.{layer}.{half}", dims, "compute")
 
     def hidden(self, stream: str, rows: int, half: int) -> Buffer:
         """The residual stream between two layers."""

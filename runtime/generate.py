@@ -79,6 +79,7 @@ class Passes:
     masked: NDArray[np.bool_] | None = None  # [B, R] at the start of the last step
     compacted: Compaction | None = None
     """The compaction that was made last."""
+    drift: NDArray[np.float64] | None = None  # [B, L] of the last step, where its plan measured it
 
     def advance(self, block: int) -> None:
         """Count a pass in this block."""
@@ -201,6 +202,7 @@ class Denoiser:
         plan = make_plan(self.policy, state)
         passes.masked, passes.compacted = state.masked, plan.compaction or passes.compacted
         self._clock.time(trunk.prepare(plan, canvas))
+        passes.drift = self._clock.time(lambda: trunk.drift(plan)) if plan.measure_drift else None
         self._passes += 1
         return state, plan
 
@@ -208,7 +210,7 @@ class Denoiser:
         request, length = self.request.shape, self.request.schedule.block_length
         masked = self._decoder.masked(request.response_rows)
         before = masked if passes.masked is None else passes.masked
-        for array in (masked, before, self._upcoming):
+        for array in (masked, before, passes.drift, self._upcoming):
             if array is not None:
                 array.setflags(write=False)
         start = request.prompt_rows + passes.block * length
@@ -223,6 +225,8 @@ class Denoiser:
             masked=masked,
             masked_before=before,
             compacted=passes.compacted,
+            drift=passes.drift,
+            indicator_rank=self.shape.indicator_rank,
             upcoming=self._upcoming,
         )
 

@@ -2,11 +2,12 @@
 
 A step plan becomes a list of graph calls over buffers that are allocated once. Caches alternate between two halves: a
 graph reads one and writes the other, so no call ever reads what it writes. Equal plans over equal halves are prepared
-once and then only run.
+once and then only run, as long as they are among the last used.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 from dllm_export.graphs import ModelShape, TensorType
 from dllm_export.runtime.buffers import Buffers, RequestShape, Segment
 from dllm_export.runtime.compact_cache import CompactCache
-from dllm_export.runtime.policies.policy import LayerPlan, Rows, StepPlan
+from dllm_export.runtime.policies.policy import PICKING_GRAPHS, LayerPlan, Rows, StepPlan
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
 
 ProgramKey = tuple[StepPlan, int, bool, tuple[int, ...], tuple[int, int]]
+PROGRAM_LIMIT = 64
+"""Prepared programs that are kept. A policy makes a few kinds of steps, twice each for the halves, unless it gives every
+layer a budget of its own: then hardly a step comes again, and what a program binds would pile up."""
 
 
 class Trunk:
@@ -30,7 +34,7 @@ class Trunk:
         self._buffers = Buffers(session, shape, request)
         self._compact = CompactCache(self._buffers, shape, request)
         self._halves = (0,) * shape.layers
-        self._programs: dict[ProgramKey, tuple[Program, tuple[int, ...]]] = {}
+        self._programs: OrderedDict[ProgramKey, tuple[Program, tuple[int, ...]]] = OrderedDict()
         self._placed_rows: Rows | None = None
         self._forced_rows: tuple[Segment, Rows] | None = None
 
@@ -61,7 +65,10 @@ class Trunk:
                 half if layer.graph == "layer_skip" or kept else 1 - half
                 for half, layer in zip(self._halves, plan.layers, strict=True)
             )
+            if len(self._programs) == PROGRAM_LIMIT:
+                self._programs.popitem(last=False)
             self._programs[key] = (self._session.prepare(list(self._calls(plan))), halves)
+        self._programs.move_to_end(key)
         program, self._halves = self._programs[key]
         if plan.compaction is not None:
             self._compact.half = 1 - self._compact.half
@@ -78,10 +85,16 @@ class Trunk:
         rows = np.zeros((request.batch, request.length), np.bool_)
         if last.graph in ("layer_full", "layer_partial"):
             np.put_along_axis(rows, self._alive(plan), True, axis=1)
-        if last.graph == "layer_adaptive":
+        if last.graph in PICKING_GRAPHS:
             picked = self._picked(last.budget).read()
             np.put_along_axis(rows, picked.astype(np.int64), True, axis=1)
         return rows[:, request.prompt_rows :]
+
+    def drift(self, plan: StepPlan) -> NDArray[np.float64]:
+        """Mean drift [B, L] of the rows of every layer in the step of this plan, just run; it must measure drift."""
+        layers = [self._drift(plan, layer).read() for layer in range(self._shape.layers)]
+        means: NDArray[np.float64] = np.stack(layers, axis=1).mean(axis=2, dtype=np.float64)
+        return means
 
     # -- positions that a plan brings along
     def _alive(self, plan: StepPlan) -> NDArray[np.int64]:
@@ -134,15 +147,30 @@ class Trunk:
     def _calls(self, plan: StepPlan) -> Iterator[GraphCall]:
         yield GraphCall("embed", None, {"tokens": self._tokens(plan), "hidden_out": self._stream(plan, 0)})
         for layer, step in enumerate(plan.layers):
-            stream = {"hidden": self._stream(plan, layer % 2), "hidden_out": self._stream(plan, (layer + 1) % 2)}
+            stream = {"hidden": self._stream(plan, layer), "hidden_out": self._stream(plan, layer + 1)}
+            yield from self._reference_calls(plan, layer, step)
             yield from self._layer_calls(plan, layer, step, stream)
         if plan.alive != "response":
             places = self._row_response() if plan.rows else self._positions("response")
-            yield self._gather(self._stream(plan, self._shape.layers % 2), places, self.hidden)
+            yield self._gather(self._stream(plan, self._shape.layers), places, self.hidden)
 
-    def _stream(self, plan: StepPlan, half: int) -> Buffer:
+    def _stream(self, plan: StepPlan, layer: int) -> Buffer:
+        """The alive rows that enter a layer; where inputs are kept, the response's stay where they were written."""
+        if plan.reference == "input" and plan.alive == "response" and layer < self._shape.layers:
+            return self._buffers.cache("input", layer, 1 - self._halves[layer])
         name = f"rows.{plan.rows.count}" if plan.rows else plan.alive
-        return self._buffers.hidden(name, self._alive_count(plan), half)
+        return self._buffers.hidden(name, self._alive_count(plan), layer % 2)
+
+    def _reference_calls(self, plan: StepPlan, layer: int, step: LayerPlan) -> Iterator[GraphCall]:
+        """What a layer keeps for the drift of the next step, where neither its stream nor its graph does so already."""
+        hidden, new = self._stream(plan, layer), 1 - self._halves[layer]
+        if plan.reference == "input" and plan.alive == "sequence":
+            yield self._gather(hidden, self._positions("response"), self._buffers.cache("input", layer, new))
+        if plan.reference == "indicator" and step.graph != "layer_indicated":
+            own = np.arange(self.request.response_rows, dtype=np.int32)
+            index = self._positions("response") if plan.alive == "sequence" else self._repeat("index.own", own, "int32")
+            kept = self._buffers.cache("indicator", layer, new)
+            yield GraphCall("layer_indicator", layer, {"hidden": hidden, "index": index, "indicator_out": kept})
 
     def _alive_count(self, plan: StepPlan) -> int:
         if plan.rows is not None:
@@ -182,9 +210,14 @@ class Trunk:
                 "budget": buffers.constant(f"budget.{step.budget}", np.array([step.budget]), "int64"),
                 "forced": self._must_pick(plan),
                 "index_out": self._picked(step.budget),
-                "drift": buffers.get(f"drift.{plan.alive}", (self.request.batch, self._alive_count(plan)), "float32"),
+                "drift": self._drift(plan, layer),
             }
-            yield GraphCall("layer_adaptive", layer, {**tensors, **cached, **self._placed(plan), **chosen})
+            if step.graph == "layer_tracking":
+                chosen["seen"] = buffers.cache("input", layer, old)
+            if step.graph == "layer_indicated":
+                halves = (buffers.cache("indicator", layer, half) for half in (old, new))
+                chosen |= dict(zip(("indicator", "indicator_out"), halves, strict=True))
+            yield GraphCall(step.graph, layer, {**tensors, **cached, **self._placed(plan), **chosen})
         if whole and plan.keep_delta:
             yield self._gather(after, self._positions("response"), buffers.cache("delta", layer, new))
 
@@ -216,6 +249,11 @@ class Trunk:
 
     def _picked(self, budget: int) -> Buffer:
         return self._buffers.get(f"picked.{budget}", (self.request.batch, budget), "int32")
+
+    def _drift(self, plan: StepPlan, layer: int) -> Buffer:
+        """Where a layer puts the drift of its rows: all into one buffer, unless it is read back."""
+        name = f"drift.{plan.alive}.{layer}" if plan.measure_drift else f"drift.{plan.alive}"
+        return self._buffers.get(name, (self.request.batch, self._alive_count(plan)), "float32")
 
     def _repeat(self, name: str, row: NDArray[np.generic], type: TensorType) -> Buffer:
         return self._buffers.constant(name, np.tile(row, (self.request.batch, 1)), type)

@@ -76,6 +76,13 @@ def tiny_bundles(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
+def narrow_bundles(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Every variant with a change indicator that is narrower than a value."""
+    root, options = tmp_path_factory.mktemp("narrow"), ExportOptions(no_tokenizer=True, indicator_rank=7)
+    return {name: export(path, root / name, options) for name, path in tiny_checkpoints.items()}
+
+
+@pytest.fixture(scope="session")
 def tiny_eager(tiny_checkpoints: dict[str, Path]) -> dict[str, EagerModel]:
     """Every variant in plain PyTorch, its float32 weights widened to float64."""
     return {name: load_eager(path, torch.float64) for name, path in tiny_checkpoints.items()}

@@ -39,6 +39,7 @@ LLADA_8B = ModelShape(
     max_length=4096,
     norm_eps=1e-5,
     rope_theta=5e5,
+    indicator_rank=128,
 )
 TINY = ModelShape(
     layers=2,

@@ -8,10 +8,12 @@ from dllm_export.runtime.policies.dkv_decode import DkvDecode
 from dllm_export.runtime.policies.dkv_greedy import DkvGreedy
 from dllm_export.runtime.policies.dllm_cache import DllmCache
 from dllm_export.runtime.policies.dual import DualCache
+from dllm_export.runtime.policies.dynamic_dllm import DynamicDllm
 from dllm_export.runtime.policies.freecache import FreeCache
 from dllm_export.runtime.policies.none import NoCache
 from dllm_export.runtime.policies.policy import CachePolicy, Compaction, LayerPlan, Rows, StepPlan, StepState
 from dllm_export.runtime.policies.prefix import PrefixCache
+from dllm_export.runtime.policies.spa import SpaCache
 from dllm_export.runtime.policies.sparse import SparseCache
 from dllm_export.runtime.policies.window import WindowCache
 
@@ -20,6 +22,8 @@ POLICIES: Mapping[str, type[CachePolicy]] = {
     for policy in (
         NoCache,
         DllmCache,
+        DynamicDllm,
+        SpaCache,
         PrefixCache,
         DualCache,
         FreeCache,
@@ -38,11 +42,13 @@ __all__ = [
     "DkvGreedy",
     "DllmCache",
     "DualCache",
+    "DynamicDllm",
     "FreeCache",
     "LayerPlan",
     "NoCache",
     "PrefixCache",
     "Rows",
+    "SpaCache",
     "SparseCache",
     "StepPlan",
     "StepState",

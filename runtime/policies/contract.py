@@ -6,12 +6,25 @@ from typing import get_args
 
 import numpy as np
 
-from dllm_export.errors import StrategyError
-from dllm_export.runtime.policies.policy import Alive, CachePolicy, Compaction, LayerGraph, Rows, StepPlan, StepState
+from dllm_export.errors import StrategyError, UsageError
+from dllm_export.runtime.policies.policy import (
+    PICKING_GRAPHS,
+    Alive,
+    CachePolicy,
+    Compaction,
+    LayerGraph,
+    Reference,
+    Rows,
+    StepPlan,
+    StepState,
+)
 
 
 def make_plan(policy: CachePolicy, state: StepState) -> StepPlan:
-    """The policy's plan for this state, checked; StrategyError names the policy that failed and how."""
+    """The policy's plan for this state, checked; StrategyError names the policy that failed and how.
+
+    UsageError where the bundle has no indicator and the plan needs one.
+    """
     try:
         plan = policy.plan(state)
     except Exception as error:
@@ -22,6 +35,12 @@ def make_plan(policy: CachePolicy, state: StepState) -> StepPlan:
     fault = find_fault(plan, state)
     if fault:
         raise StrategyError(f"the cache policy '{policy.name}' gave a wrong plan for step {state.step}: {fault}")
+    indicated = plan.reference == "indicator" or any(layer.graph == "layer_indicated" for layer in plan.layers)
+    if indicated and not state.indicator_rank:
+        raise UsageError(
+            f"--policy {policy.name} picks rows by an indicator, which this bundle was exported without: export again "
+            f"with --indicator-rank 128"
+        )
     return plan
 
 
@@ -45,7 +64,9 @@ def find_fault(plan: object, state: StepState) -> str | None:
     fault = None if plan.compaction is None else _find_compaction_fault(plan, plan.compaction, state)
     if fault:
         return fault
-    return _find_segment_fault(plan, state) if plan.rows is None else _find_reach_fault(plan, plan.rows, state)
+    if plan.rows is not None:
+        return _find_reach_fault(plan, plan.rows, state)
+    return _find_segment_fault(plan, state) or _find_reference_fault(plan)
 
 
 def _find_compaction_fault(plan: StepPlan, compaction: Compaction, state: StepState) -> str | None:
@@ -72,9 +93,9 @@ def _find_segment_fault(plan: StepPlan, state: StepState) -> str | None:
     forced = np.zeros((state.batch, state.length), np.bool_) if plan.forced is None else plan.forced.mask(state.length)
     least, most = max(1, int(forced.sum(1).max())), state.length - first
     for number, layer in enumerate(plan.layers):
-        if layer.graph == "layer_adaptive" and not least <= layer.budget <= most:
+        if layer.graph in PICKING_GRAPHS and not least <= layer.budget <= most:
             return f"layer {number} may pick {layer.budget} rows, expected {least} (those that are forced) to {most}"
-        if layer.graph == "layer_adaptive" and not forced[:, first : state.prompt_rows].all():
+        if layer.graph in PICKING_GRAPHS and not forced[:, first : state.prompt_rows].all():
             return f"layer {number} may leave out prompt rows, which have no cached delta: force all of them"
         if layer.graph == "layer_full" and plan.alive != "sequence":
             return f"layer {number} runs layer_full, which needs all rows of the sequence alive"
@@ -82,6 +103,22 @@ def _find_segment_fault(plan: StepPlan, state: StepState) -> str | None:
             return f"layer {number} runs layer_skip, which needs the response alive: only its deltas are cached"
     if forced[:, :first].any():
         return f"it forces rows before position {first}, which are not alive"
+    return None
+
+
+def _find_reference_fault(plan: StepPlan) -> str | None:
+    """A layer that measures drift from what nobody keeps, or a measurement that no layer makes."""
+    if plan.reference not in (None, *get_args(Reference)):
+        return f"its reference is {plan.reference!r}, expected None or one of: {', '.join(get_args(Reference))}"
+    for number, layer in enumerate(plan.layers):
+        if layer.graph in ("layer_tracking", "layer_indicated") and plan.alive != "response":
+            return f"layer {number} runs {layer.graph}, which needs the response alive: drift is known of its rows only"
+        if layer.graph == "layer_tracking" and plan.reference != "input":
+            return f"layer {number} runs layer_tracking, but inputs are not kept: its plan needs reference 'input'"
+        if layer.graph == "layer_skip" and plan.reference is not None:
+            return f"layer {number} runs layer_skip, which keeps no {plan.reference} for the next step"
+        if layer.graph not in PICKING_GRAPHS and plan.measure_drift:
+            return f"layer {number} runs {layer.graph}, which measures no drift, but its plan reads the drift of all layers"
     return None
 
 
@@ -102,6 +139,8 @@ def _find_reach_fault(plan: StepPlan, rows: Rows, state: StepState) -> str | Non
     for number, layer in enumerate(plan.layers):
         if layer.graph != "layer_partial":
             return f"layer {number} runs {layer.graph}, but chosen rows can only run layer_partial"
+    if plan.reference is not None or plan.measure_drift:
+        return "chosen rows keep no reference and measure no drift: that takes the whole response alive"
     candidates = state.candidates
     missing = np.argwhere(candidates & ~rows.mask(state.length)[:, state.prompt_rows :])
     if len(missing):

@@ -39,8 +39,7 @@ class DllmCache:
         if state.step == 1 or (prompt and response):
             return StepPlan.refresh(state)
         if response:
-            layers = (LayerPlan("layer_partial"),) * state.layers
-            return StepPlan(kind="refresh_response", alive="response", layers=layers)
+            return StepPlan.refresh_response(state)
         if prompt:
             first, rest = LayerPlan("layer_full"), LayerPlan("layer_adaptive", state.prompt_rows + rows)
             return StepPlan(

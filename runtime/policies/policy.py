@@ -8,15 +8,18 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-LayerGraph = Literal["layer_full", "layer_partial", "layer_adaptive", "layer_skip"]
+LayerGraph = Literal["layer_full", "layer_partial", "layer_adaptive", "layer_tracking", "layer_indicated", "layer_skip"]
+PICKING_GRAPHS = ("layer_adaptive", "layer_tracking", "layer_indicated")
+"""Layers that pick `budget` of the alive rows by how far they drifted."""
+Reference = Literal["input", "indicator"]
 Alive = Literal["sequence", "response", "rows"]
 StepKind = Literal["full", "refresh_prompt", "refresh_response", "partial"]
 
 REFRESH_INTERVAL = "steps of a block from one full pass to the next; 0: only its first step is one"
 """Help text of `refresh_interval`, which means the same in every policy that has it (StepState.is_refresh)."""
 
-BUCKET = "chosen rows are repeated up to a multiple of this, so that few sizes occur"
-"""Help text of `bucket`, which means the same in every policy that has it (Rows.padded)."""
+BUCKET = "counts of rows are raised to a multiple of this, so that few sizes occur; 1 keeps the exact counts"
+"""Help text of `bucket`, which means the same in every policy that has it: rows are repeated (Rows.padded), or more picked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,6 +47,10 @@ class StepState:
     upcoming: NDArray[np.bool_] | None = None  # [B, R]
     """The rows that this step will decide, where that is known before it runs: with --remasking random and the rule
     `quota`. A policy that cannot do without it has a class variable `needs_upcoming = True`."""
+    drift: NDArray[np.float64] | None = None
+    """[B, L] mean drift of the response rows in every layer in the last step, if its plan measured it."""
+    indicator_rank: int = 0
+    """Width of the bundle's change indicator, which `layer_indicated` needs; 0 in a bundle without."""
 
     @classmethod
     def first(cls, *, layers: int, prompt_rows: int, response_rows: int, batch: int = 1) -> StepState:
@@ -139,7 +146,7 @@ class Compaction:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Which graph runs a layer, and for `layer_adaptive` how many rows it may pick per sequence."""
+    """Which graph runs a layer, and how many rows one that picks them may pick per sequence."""
 
     graph: LayerGraph
     budget: int = 0
@@ -158,16 +165,41 @@ class StepPlan:
     keep_delta: bool = True
     """Whether the deltas of the response are cached for later steps."""
     compaction: Compaction | None = None
+    reference: Reference | None = None
+    """What every layer keeps of its response rows, for the next step to measure drift from: its input, as
+    `layer_tracking` needs it of the step before, or its indicator, for `layer_indicated`, which then renews it itself."""
+    measure_drift: bool = False
+    """Whether the mean drift of every layer is read back, into the state of the next step."""
     forced: Rows | None = None
-    """Positions that `layer_adaptive` must pick."""
+    """Positions that layers must pick."""
     write_response_values: bool = True
     """`layer_adaptive` stores the projected values of all alive rows, not of the prompt rows alone."""
 
     @classmethod
-    def refresh(cls, state: StepState, *, keep_delta: bool = True, compaction: Compaction | None = None) -> StepPlan:
+    def refresh(
+        cls,
+        state: StepState,
+        *,
+        keep_delta: bool = True,
+        compaction: Compaction | None = None,
+        reference: Reference | None = None,
+    ) -> StepPlan:
         """Every row of every layer."""
         layers = (LayerPlan("layer_full"),) * state.layers
-        return cls(kind="full", alive="sequence", layers=layers, keep_delta=keep_delta, compaction=compaction)
+        return cls(
+            kind="full",
+            alive="sequence",
+            layers=layers,
+            keep_delta=keep_delta,
+            compaction=compaction,
+            reference=reference,
+        )
+
+    @classmethod
+    def refresh_response(cls, state: StepState, *, reference: Reference | None = None) -> StepPlan:
+        """Every response row of every layer, against the cached prompt."""
+        layers = (LayerPlan("layer_partial"),) * state.layers
+        return cls(kind="refresh_response", alive="response", layers=layers, reference=reference)
 
     @classmethod
     def recompute(cls, state: StepState, rows: Rows, *, compaction: Compaction | None = None) -> StepPlan:

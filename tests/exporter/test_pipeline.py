@@ -140,7 +140,9 @@ def test_an_embedded_graph_runs_alone_and_equals_the_bound_one(
         expected = run_graph(embedded, bound_session, graph, layer if by_layer else None, feeds)
         assert results.keys() == expected.keys()
         for name, result in results.items():
-            np.testing.assert_allclose(result, expected[name], rtol=1e-4, atol=1e-5, err_msg=f"{file}: {name}")
+            # The two may add in another order, which a sum near 0 of large terms shows most.
+            atol = 1e-6 * max(10.0, float(np.abs(expected[name]).max()))
+            np.testing.assert_allclose(result, expected[name], rtol=1e-4, atol=atol, err_msg=f"{file}: {name}")
 
 
 def test_embedded_layers_differ_from_one_another(embedded: Bundle) -> None:
@@ -166,7 +168,8 @@ def test_embedded_graphs_refer_to_plain_file_names_and_exact_ranges(embedded: Bu
 
 def test_a_bundle_with_embedded_graphs_stores_the_weights_once(embedded: Bundle) -> None:
     total = sum(path.stat().st_size for path in embedded.path.rglob("*") if path.is_file())
-    assert total <= 1.05 * EMBEDDED.weight_count * 4
+    proxies = EMBEDDED.layers * EMBEDDED.hidden * embedded.manifest.shape.indicator_rank
+    assert total <= 1.05 * (EMBEDDED.weight_count + proxies) * 4
 
 
 # -- the directory

@@ -39,7 +39,7 @@ def checkpoint_tensors(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
         if shape.qkv_bias:
             block |= cut(stored.pop("qk_bias"), {"q_proj.bias": shape.query_width, "k_proj.bias": shape.key_width})
             block["v_proj.bias"] = stored.pop("v_bias")
-        assert not stored
+        assert set(stored) == {"proxy"}, "the one weight that is no tensor of the checkpoint"
         tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
     return {PREFIX + name: tensor for name, tensor in tensors.items()}
 

@@ -54,9 +54,9 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
     length, alive = sizes["S"], sizes["X"]
     column = np.arange(length)
     cos, sin = rotary_tables(shape, np.maximum(column - PADDING, 0))
-    among = {"layer_partial": length, "gather": sizes["N"]}.get(spec.name, alive)
+    among = {"layer_partial": length, "gather": sizes["N"], "layer_indicator": sizes["N"]}.get(spec.name, alive)
     index = draw_index(rng, sizes["Q"], among)
-    if spec.name == "layer_adaptive":
+    if any(tensor.name == "budget" for tensor in spec.inputs):
         index = np.tile(np.arange(length - alive, length, dtype=np.int32), (SIZES["B"], 1))
     if spec.name == "layer_compact":
         index = draw_index(rng, alive, length)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from dllm_export.exporter.proxy import make_proxy
 from dllm_export.graphs import ModelShape
 
 Array = NDArray[Any]
@@ -28,6 +31,7 @@ SHAPE = ModelShape(
     norm_eps=1e-5,
     rope_theta=1e4,
     qkv_bias=True,
+    indicator_rank=6,
 )
 BATCH, LENGTH, ALIVE = 2, 12, 7
 READINGS = ["float64", "onnxruntime"]
@@ -248,6 +252,108 @@ def test_padding_is_never_kept(reading: str, draw_feeds: DrawFeeds, run_graph: R
     shown = int(feeds["kept"][1].sum())
     assert after["index_out"][1, -shown:].tolist() == before["index_out"][1, -shown:].tolist()
     assert min(after["index_out"][1, -shown:]) >= 2
+
+
+# -- layer_tracking, layer_indicated
+def pick_by(drift: Array, feeds: Feeds) -> Array:
+    """The rows that a budget of 3 takes."""
+    score = np.where(feeds["forced"], np.inf, drift)
+    return np.argsort(-score, axis=1, kind="stable")[:, :3]
+
+
+def cosine_drift(new: Array, old: Array) -> Array:
+    cosine = (new * old).sum(-1) / (np.linalg.norm(new, axis=-1) * np.linalg.norm(old, axis=-1))
+    return np.maximum(1 - 1e-6 - cosine, 0)
+
+
+def normed(feeds: Feeds) -> Array:
+    hidden = feeds["hidden"]
+    return hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + SHAPE.norm_eps) * feeds["norm1"]
+
+
+def check_updated(reading: str, found: Feeds, feeds: Feeds, stored_whole: tuple[str, ...]) -> None:
+    """Picked rows are those of a partial layer over the alive rows with the new cache; the others as they were."""
+    chosen = found["index_out"] - (LENGTH - ALIVE)
+    picked = np.zeros((BATCH, ALIVE), np.bool_)
+    np.put_along_axis(picked, chosen.astype(np.int64), True, axis=1)
+    old = {name: as_seen(reading, feeds[name]) for name in ("hidden", "delta", "key", "value")}
+    np.testing.assert_array_equal(found["delta_out"][~picked], old["delta"][~picked])
+    np.testing.assert_array_equal(found["hidden_out"][~picked], (old["hidden"] + old["delta"])[~picked])
+    for name in ("key", "value"):
+        kept, new = ~feeds["fresh"], found[f"{name}_out"]
+        kept[:, LENGTH - ALIVE :] |= ~picked & (name not in stored_whole)
+        np.testing.assert_array_equal(new[kept], old[name][kept])
+        assert (new[~kept] != old[name][~kept]).any(-1).all()
+
+
+@every_reading
+def test_a_tracking_layer_picks_by_its_input_and_stores_the_picked_rows_alone(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_tracking")
+    found = run_graph(reading, SHAPE, "layer_tracking", feeds)
+    drift = cosine_drift(feeds["hidden"], feeds["seen"])
+    np.testing.assert_allclose(found["drift"], drift, atol=1e-5)
+    assert (found["index_out"] - (LENGTH - ALIVE)).tolist() == pick_by(drift, feeds).tolist()
+    check_updated(reading, found, feeds, ())
+    partial = place_rows({**feeds, "hidden": rows(feeds["hidden"], pick_by(drift, feeds))}, found["index_out"])
+    names = [tensor for tensor in partial if tensor not in ("delta", "budget", "forced", "seen")]
+    expected = run_graph(reading, SHAPE, "layer_partial", {name: partial[name] for name in names})
+    close(reading, rows(found["delta_out"], pick_by(drift, feeds)), expected["delta_out"])
+    for name in ("key_out", "value_out"):
+        close(reading, found[name], expected[name])
+
+
+@every_reading
+def test_an_indicated_layer_picks_by_its_indicator_and_stores_keys_and_values_of_all_rows(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_indicated")
+    found = run_graph(reading, SHAPE, "layer_indicated", feeds)
+    indicator = normed(feeds) @ feeds["proxy"]
+    close(reading, found["indicator_out"], indicator)
+    drift = cosine_drift(indicator, feeds["indicator"])
+    np.testing.assert_allclose(found["drift"], drift, atol=1e-5)
+    assert (found["index_out"] - (LENGTH - ALIVE)).tolist() == pick_by(drift, feeds).tolist()
+    check_updated(reading, found, feeds, ("key", "value"))
+    partial = {name: feeds[name] for name in feeds if name not in ("delta", "budget", "forced", "indicator", "proxy")}
+    expected = run_graph(reading, SHAPE, "layer_partial", partial)
+    close(reading, *(rows(each["delta_out"], pick_by(drift, feeds)) for each in (found, expected)))
+    for name in ("key_out", "value_out"):
+        close(reading, found[name], expected[name])
+
+
+@every_reading
+def test_an_indicator_of_full_rank_ranks_rows_as_their_values_do(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    """SPA-Cache's claim: with all directions and no bias, cosines of indicators are those of values."""
+    shape = replace(SHAPE, indicator_rank=SHAPE.key_width, qkv_bias=False)
+    feeds = draw_feeds(shape, "layer_indicated")
+    feeds["proxy"] = make_proxy(torch.from_numpy(feeds["v"].T), shape.indicator_rank).double().numpy()
+    before = np.random.default_rng(1).normal(size=feeds["hidden"].shape)
+    feeds["indicator"], old = before @ feeds["proxy"], before @ feeds["v"]
+    value = feeds["value"].copy()
+    value[:, LENGTH - ALIVE :] = old
+    adaptive = {name: feeds[name] for name in feeds if name not in ("indicator", "proxy")} | {"value": value}
+    found, expected = (
+        run_graph(reading, shape, graph, each)
+        for graph, each in (("layer_indicated", feeds), ("layer_adaptive", adaptive))
+    )
+    np.testing.assert_allclose(found["drift"], expected["drift"], atol=2e-6)  # the proxy is stored in float32
+    assert found["index_out"].tolist() == expected["index_out"].tolist()
+    close(reading, found["value_out"], expected["value_out"])
+
+
+@every_reading
+def test_the_indicator_graph_gives_what_the_layer_gives(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "layer_indicated")
+    index = np.array([[6, 0, 3], [2, 2, 5]], np.int32)
+    small = {"hidden": feeds["hidden"], "index": index, "norm1": feeds["norm1"], "proxy": feeds["proxy"]}
+    found = run_graph(reading, SHAPE, "layer_indicator", small)["indicator_out"]
+    close(reading, found, rows(run_graph(reading, SHAPE, "layer_indicated", feeds)["indicator_out"], index))
 
 
 # -- layer_skip, gather, head

@@ -28,6 +28,7 @@ PLAIN = ModelShape(
     norm_eps=1e-5,
     rope_theta=1e4,
     qkv_bias=True,
+    indicator_rank=5,
 )
 STAGED = {name: spec for name, spec in graph_specs(PLAIN).items() if spec.stages}
 

@@ -77,6 +77,25 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no budget": (adaptive(0), "layer 0 may pick 0 rows, expected 1 (those that are forced) to 6"),
     "large budget": (adaptive(7), "layer 0 may pick 7 rows, expected 1 (those that are forced) to 6"),
     "less than forced": (adaptive(2, forced=Rows.span(4, 7, 2)), "layer 0 may pick 2 rows, expected 3 (those that are"),
+    "tracking a sequence": (
+        replace(adaptive(6, "sequence", Rows.span(0, 4, 2)), layers=(LayerPlan("layer_tracking", 6),) * 3),
+        "layer 0 runs layer_tracking, which needs the response alive",
+    ),
+    "inputs not kept": (
+        replace(adaptive(3), layers=(LayerPlan("layer_tracking", 3),) * 3),
+        "layer 0 runs layer_tracking, but inputs are not kept: its plan needs reference 'input'",
+    ),
+    "no such reference": (
+        replace(FULL, reference="output"),
+        "its reference is 'output', expected None or one of: input",
+    ),
+    "nothing to keep": (
+        replace(adaptive(3), layers=(LayerPlan("layer_skip"),) * 3, reference="indicator"),
+        "layer 0 runs layer_skip, which keeps no indicator for the next step",
+    ),
+    "no drift": (replace(FULL, measure_drift=True), "layer 0 runs layer_full, which measures no drift, but its plan"),
+    "rows kept": (replace(SOME, reference="input"), "chosen rows keep no reference and measure no drift"),
+    "rows measured": (replace(SOME, measure_drift=True), "chosen rows keep no reference and measure no drift"),
     "prompt left out": (
         adaptive(5, "sequence", Rows.span(0, 3, 2)),
         "layer 0 may leave out prompt rows, which have no",

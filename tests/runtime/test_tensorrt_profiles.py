@@ -18,7 +18,16 @@ from dllm_export.graphs import GraphSpec, ModelShape, graph_specs
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import CachePolicy, DkvDecode, DllmCache, NoCache, PrefixCache, SparseCache
+from dllm_export.runtime.policies import (
+    CachePolicy,
+    DkvDecode,
+    DllmCache,
+    DynamicDllm,
+    NoCache,
+    PrefixCache,
+    SpaCache,
+    SparseCache,
+)
 from dllm_export.runtime.session import GraphCall, Program, SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
 from dllm_export.runtime.tensorrt.library import Flavour
@@ -137,7 +146,7 @@ def test_only_standard_tensorrt_has_a_second_profile_and_only_for_layers_that_co
     }
     assert set(counts["tensorrt-rtx"].values()) == {1}
     double = {name for name, count in counts["tensorrt"].items() if count == 2}
-    assert double == {"layer_partial", "layer_adaptive", "layer_compact"}
+    assert double == {"layer_partial", "layer_adaptive", "layer_compact", "layer_tracking", "layer_indicated"}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +194,8 @@ POLICIES: Mapping[str, CachePolicy] = {
     "dkv-decode": DkvDecode(),
     "sparse": SparseCache(),
     "sparse, everything": SparseCache(keep_ratio=1.0),
+    "dynamic-dllm": DynamicDllm(layer_budget=24, window=24, bucket=1),
+    "spa": SpaCache(response_interval=4, peak_ratio=1.0),
 }
 LAYERS_OF_POLICY = {
     "none": {"layer_full"},
@@ -195,6 +206,8 @@ LAYERS_OF_POLICY = {
     "dkv-decode": {"layer_full", "layer_partial"},
     "sparse": {"layer_full", "layer_partial", "layer_compact"},
     "sparse, everything": {"layer_full", "layer_partial", "layer_compact"},
+    "dynamic-dllm": {"layer_full", "layer_tracking"},
+    "spa": {"layer_full", "layer_partial", "layer_indicated", "layer_indicator"},
 }
 
 

@@ -302,6 +302,8 @@ GREEDY = "--remasking random --refresh-interval 0 --policy dkv-greedy"
 KLASS = "--transfer klass --threshold 0 --kl-limit 9"
 SLOW = "--gen-length 24 --transfer slow-fast --threshold 0.2 --span-confidence 0.5"
 CREDIT = "--transfer credit --threshold 0.2"
+DYNAMIC = "--policy dynamic-dllm --layer-budget 2 --window 2 --bucket 1"
+SPA = "--policy spa --peak-ratio 0.5"
 EFFECTS = {
     # flag: (command line without it, with it, what differs in the JSON)
     "--steps": ("", "--steps 8", "passes"),
@@ -326,6 +328,14 @@ EFFECTS = {
     "--keep-ratio": (f"{BLOCKS} sparse", f"{BLOCKS} sparse --keep-ratio 0.1", "confidence"),
     "--bucket": (f"{BLOCKS} dkv-decode", f"{BLOCKS} dkv-decode --bucket 1", "settings"),
     "--nearest": (f"{GREEDY}", f"{GREEDY} --nearest 0", "confidence"),
+    "--layer-budget": (DYNAMIC, f"{DYNAMIC} --layer-budget 3", "confidence"),
+    "--window": (DYNAMIC, f"{DYNAMIC} --window 6", "confidence"),
+    "--variant": (DYNAMIC, f"{DYNAMIC} --variant released", "confidence"),
+    "--peak-depth": (SPA, f"{SPA} --peak-depth 0.2", "confidence"),
+    "--peak-ratio": (SPA, f"{SPA} --peak-ratio 0.9", "confidence"),
+    "--start-ratio": (SPA, f"{SPA} --start-ratio 0.4", "confidence"),
+    "--end-ratio": (SPA, f"{SPA} --peak-depth 0.1 --end-ratio 0.01", "confidence"),
+    "--min-ratio": (SPA, f"{SPA} --min-ratio 0.6", "confidence"),
     "--transfer": ("", "--transfer hierarchy", "passes"),
     "--threshold": ("--transfer threshold", "--transfer threshold --threshold 0.05", "passes"),
     "--factor": ("--transfer factor", "--transfer factor --factor 20", "passes"),
