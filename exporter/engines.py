@@ -14,7 +14,7 @@ from dllm_export.errors import IntegrityError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target, find_build_cuda
-from dllm_export.exporter.files import replace_file, require_writable
+from dllm_export.exporter.files import require_writable
 from dllm_export.exporter.plans import build_plan, make_builder
 from dllm_export.exporter.ranges import check_fixed_sizes, make_profiles
 from dllm_export.exporter.timing import TIMING_CACHE
@@ -28,6 +28,7 @@ from dllm_export.runtime.bundle import (
     read_manifest,
     verify_file,
 )
+from dllm_export.runtime.files import replace_file
 from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Manifest, encode_manifest
 from dllm_export.runtime.tensorrt.library import current_platform
 from dllm_export.runtime.tensorrt.profiles import Range

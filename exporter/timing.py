@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_export.exporter.files import replace_file
+from dllm_export.runtime.files import replace_file
 from dllm_export.runtime.tensorrt.library import TensorRt
 
 if TYPE_CHECKING:

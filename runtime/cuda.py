@@ -235,6 +235,12 @@ def gpu_capability() -> str:
     return ".".join(str(call(cudart.cudaDeviceGetAttribute, kind, 0, doing="asking for the GPU")) for kind in pair)
 
 
+def gpu_name() -> str:
+    """The GPU in use, such as NVIDIA L4."""
+    name = call(cudart.cudaGetDeviceProperties, 0, doing="asking for the GPU").name
+    return (name.decode() if isinstance(name, bytes) else str(name)).strip("\0 ")
+
+
 def free_memory() -> tuple[int, int]:
     """Free and total bytes of device memory."""
     free, total = call(cudart.cudaMemGetInfo, doing="asking for the free device memory")

@@ -18,6 +18,8 @@ from dllm_export.runtime.manifest import Manifest
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = "docs/measurements/cpu-2-core.json"
 FRONTIER = "docs/measurements/frontier-2-core.json"
+GPU = "docs/measurements/h200.json"
+GPU_ANSWERS = "docs/measurements/h200-answers.json"
 
 
 def section(file: str, name: str) -> str:
@@ -77,6 +79,90 @@ def frontier_table() -> str:
             f"{one['asked']} | {one['low']:.1%} to {one['high']:.1%} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def gpu_tables() -> str:
+    """Layers and steps of every provider on a GPU."""
+    report = json.loads((ROOT / GPU).read_text())
+    columns, shape = report["columns"], report["shape"]
+    sizes: dict[str, dict[str, float]] = {}
+    for name, column in columns.items():
+        for graph in column["graphs"]:
+            dims = ", ".join(f"{dim}={size}" for dim, size in graph["sizes"].items() if dim != "B")
+            sizes.setdefault(f"{graph['graph']}, {dims}", {})[name] = graph["call"]["p50_ms"]
+    timed = [name for name, column in columns.items() if column["graphs"]]
+    rows = [f"| ms per call | {' | '.join(timed)} |", "|---" * (len(timed) + 1) + "|"]
+    rows += [f"| {case} | {' | '.join(f'{times[name]:.3f}' for name in timed)} |" for case, times in sizes.items()]
+    rows += [
+        "",
+        "| | policy | tokens/s | ms a step, median | one by one | GB | opened in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, column in columns.items():
+        for run in column["runs"]:
+            kinds = ", ".join(f"{kind} {times['p50_ms']:.2f}" for kind, times in run["kinds"].items())
+            parts = f"{run['parts_ms']:.2f}" if run["parts_ms"] else ""
+            memory = f"{column['device_memory'] / 1e9:.1f}"
+            opened = f"{column['open_seconds']:.1f} s"
+            speed = f"{run['tokens_per_second']:.1f}"
+            rows.append(f"| {name} | {run['policy']} | {speed} | {kinds} | {parts} | {memory} | {opened} |")
+    machine, seconds = report["machine"], report["seconds"]
+    request = columns[timed[0]]["request"]
+    libraries = ", ".join(dict.fromkeys(column["session"]["library"] for column in columns.values()))
+    rows += [
+        "",
+        f"{shape['layers']} layers of the LLaDA-8B shape, random weights, {report['dtype']}, prompt {request['prompt']}, "
+        f"response {request['response']}, batch 1, one token per step; {machine['gpus'][0]['name']}, driver "
+        f"{machine['gpus'][0]['driver']}; {libraries}. Export {seconds['export']:.0f} s, engines {seconds['build']:.0f} s. "
+        f'"One by one" is what a partial step\'s graphs take by themselves; GB is all device memory in use. '
+        f"`{report['command']}`",
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def gpu_answers() -> str:
+    """Share of the demo model's tokens that equal the reference's, the least of captured and not."""
+    answers = json.loads((ROOT / GPU_ANSWERS).read_text())["answers"]
+    generations = list(dict.fromkeys(answer["generation"] for answer in answers))
+    rows = [f"| tokens equal to the reference | {' | '.join(generations)} |", "|---" * (len(generations) + 1) + "|"]
+    for provider, dtype in dict.fromkeys((answer["provider"], answer["dtype"]) for answer in answers):
+        shares = (
+            min(
+                answer["equal"]
+                for answer in answers
+                if (answer["provider"], answer["dtype"], answer["generation"]) == (provider, dtype, generation)
+            )
+            for generation in generations
+        )
+        rows.append(f"| {provider}, {dtype} | {' | '.join(f'{share:.1%}' for share in shares)} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_gpu_tables_equal_the_measurement() -> None:
+    assert section("docs/measurements/README.md", "gpu") == gpu_tables()
+    assert section("docs/measurements/README.md", "gpu-answers") == gpu_answers()
+
+
+def test_the_bars_that_a_gpu_met_stay_in_the_measurement() -> None:
+    """Ratios within one run; the bars were set for an H100, the run is an H200's."""
+    columns = json.loads((ROOT / GPU).read_text())["columns"]
+
+    def call(column: str, graph: str, count: int) -> float:
+        return next(
+            float(times["call"]["p50_ms"])
+            for times in columns[column]["graphs"]
+            if times["graph"] == graph and times["sizes"].get("Q") == count
+        )
+
+    assert call("tensorrt, captured", "layer_partial", 64) <= 0.48
+    assert call("onnxruntime, captured", "layer_partial", 64) <= 0.42
+    tensorrt = columns["tensorrt, captured"]
+    cached = next(run for run in tensorrt["runs"] if run["policy"] == "dllm-cache")
+    assert cached["kinds"]["partial"]["p50_ms"] <= 1.10 * cached["parts_ms"]
+    assert tensorrt["open_seconds"] < 12
+    held = tensorrt["session"]["memory"]
+    caches = 32 * (2 * 1149 + 256) * 4096 * 2  # keys and values of all rows, deltas of the response, one copy
+    assert tensorrt["session"]["peak_memory"] <= 1.05 * (held["weights"] + caches + held["workspace"])
 
 
 def test_the_frontier_equals_the_measurement() -> None:

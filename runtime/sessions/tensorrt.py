@@ -27,11 +27,14 @@ from dllm_export.runtime.cuda import (
     driver_cuda,
     free_memory,
     gpu_capability,
+    gpu_name,
 )
+from dllm_export.runtime.manifest import EngineRecord
 from dllm_export.runtime.session import CaptureReport, GraphCall, SessionOptions, SessionReport
 from dllm_export.runtime.tensorrt.captures import Captures
 from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines
 from dllm_export.runtime.tensorrt.engine import ALIGNMENT, Context, Engine, to_engine_type
+from dllm_export.runtime.tensorrt.kernels import KernelCache
 from dllm_export.runtime.tensorrt.library import Flavour, TensorRt, current_platform, find_library
 from dllm_export.runtime.tensorrt.profiles import choose_profile, measure_sizes
 from dllm_export.runtime.tensorrt.stages import split_call, whole_graph
@@ -137,8 +140,12 @@ class TensorRtSession:
         self._contexts: WeakValueDictionary[object, Context] = WeakValueDictionary()
         self._buffers: WeakSet[DeviceMemory] = WeakSet()
         self._handed: dict[object, CudaBuffer] = {}
+        self._engines: dict[str, Engine] = {}
+        self._kernels: KernelCache | None = None
         try:
-            self._library, self._engines = self._load_engines()
+            self._library, records = find_engines(bundle)
+            self._require_memory(bundle.weight_bytes, 0)  # before the library, which says little when memory is short
+            self._engines = self._load_engines(records)
             scratch = max(engine.scratch_bytes for engine in self._engines.values())
             self._require_memory(bundle.weight_bytes, scratch)
             self._scratch = DeviceMemory(self.usage, "workspace", scratch)
@@ -154,23 +161,25 @@ class TensorRtSession:
         self.close()
 
     # -- opening
-    def _load_engines(self) -> tuple[TensorRt, dict[str, Engine]]:
-        library, records = find_engines(self._bundle)
+    def _load_engines(self, records: Mapping[str, EngineRecord]) -> dict[str, Engine]:
+        library = self._library
+        if library.flavour == "tensorrt-rtx":
+            self._kernels = KernelCache(self._bundle.path, library.version, gpu_name(), driver_cuda())
         self._runtime = library.create(library.module.Runtime)
         specs = engine_specs(self._bundle.specs, staged=library.staged)
         dtype, engines = self._bundle.manifest.dtype, {}
         for graph, record in records.items():
             plan = self._bundle.file(record.file).read_bytes()
-            engines[graph] = Engine(library, self._runtime, record, plan, specs[graph], dtype)
-        return library, engines
+            engines[graph] = Engine(library, self._runtime, record, plan, specs[graph], dtype, self._kernels)
+        return engines
 
     def _require_memory(self, weights: int, scratch: int) -> None:
         free, total = free_memory()
         if weights + scratch > free:
+            workspace = f" and {scratch / 1e9:.2f} GB for workspace" if scratch else ""
             raise ResourceError(
-                f"this bundle needs {weights / 1e9:.2f} GB of device memory for weights and {scratch / 1e9:.2f} GB for "
-                f"workspace, {free / 1e9:.2f} GB of {total / 1e9:.2f} GB are free: {REMEDIES['workspace']}, or "
-                f"{REMEDIES['weights']}"
+                f"this bundle needs {weights / 1e9:.2f} GB of device memory for weights{workspace}, {free / 1e9:.2f} GB of "
+                f"{total / 1e9:.2f} GB are free: {REMEDIES['workspace']}, or {REMEDIES['weights']}"
             )
 
     def _load_weights(self) -> None:
@@ -229,6 +238,8 @@ class TensorRtSession:
             memory.free()
         self._weights.clear()
         self._handed.clear()
+        if self._kernels is not None:
+            self._kernels.close()
         self._engines = {}
         self.stream.close()
 
@@ -300,7 +311,7 @@ class TensorRtSession:
         return name, memory
 
 
-def find_engines(bundle: Bundle) -> tuple[TensorRt, dict[str, Any]]:
+def find_engines(bundle: Bundle) -> tuple[TensorRt, dict[str, EngineRecord]]:
     """The installed library that has a fitting engine of every graph, and those engines; the first reason if none has."""
     reasons: list[DllmExportError] = []
     flavours: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")

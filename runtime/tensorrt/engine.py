@@ -12,6 +12,7 @@ from dllm_export.errors import IntegrityError
 from dllm_export.graphs import DType, GraphSpec, TensorSpec
 from dllm_export.runtime.cuda import DeviceMemory, Stream
 from dllm_export.runtime.manifest import EngineRecord
+from dllm_export.runtime.tensorrt.kernels import KernelCache
 from dllm_export.runtime.tensorrt.library import TensorRt
 
 if TYPE_CHECKING:
@@ -35,9 +36,16 @@ class Engine:
     """One plan, accepted only if its tensors are those of the graph that it was listed for."""
 
     def __init__(
-        self, library: TensorRt, runtime: trt.Runtime, record: EngineRecord, plan: bytes, spec: GraphSpec, dtype: DType
+        self,
+        library: TensorRt,
+        runtime: trt.Runtime,
+        record: EngineRecord,
+        plan: bytes,
+        spec: GraphSpec,
+        dtype: DType,
+        kernels: KernelCache | None = None,
     ) -> None:
-        self.record, self.spec, self._library = record, spec, library
+        self.record, self.spec, self._library, self._kernels = record, spec, library, kernels
         engine = library.require(runtime.deserialize_cuda_engine(plan), f"load the engine of graph '{spec.name}'")
         self._engine: trt.ICudaEngine = engine
         self._check_tensors(dtype)
@@ -127,6 +135,8 @@ class Engine:
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            if self._kernels is not None:
+                self._kernels.attach(self._library, config)
             self._config = config
         return self._config
 

@@ -14,7 +14,6 @@ import msgspec
 import pytest
 
 from dllm_export.errors import DllmExportError, IntegrityError, ResourceError, UsageError
-from dllm_export.exporter import files
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.engines import build_engines, drop_damaged_engines
 from dllm_export.exporter.onnx_graph import build_onnx
@@ -24,6 +23,7 @@ from dllm_export.exporter.plans import build_plan
 from dllm_export.exporter.ranges import make_profiles
 from dllm_export.graphs import DType, ModelShape, engine_specs, graph_specs
 from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.files import replace_file
 from dllm_export.runtime.manifest import encode_manifest
 from dllm_export.runtime.tensorrt.library import TensorRt, current_platform, load_tensorrt
 
@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        files.replace_file(tmp_path / "file", b"new")
+        replace_file(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
 
