@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dllm_export.errors import UsageError
+from dllm_export.graphs import TensorType
+from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy, DllmCache, DualCache, NoCache
+from dllm_export.runtime.session import Buffer, SessionOptions, open_session
 from dllm_export.runtime.transfers import AdaptiveThreshold, Credit, Klass, SlowFast, Threshold, Transfer, TransferState
 from dllm_export.tools.eager import Context, EagerModel
 from dllm_export.tools.four_feature import FourFeatureCache
@@ -262,6 +265,26 @@ def test_onnxruntime_gives_the_tokens_of_the_reference(name: str, open_model: Op
         for _ in range(2):  # what the first request left in the state must not show in the second
             tokens.append([result.tokens for result in lm.run(request, options, NoCache(), RULES[name])])
     assert tokens == [tokens[0]] * 4
+
+
+@pytest.mark.parametrize(("rule", "share"), [(Klass(), 8), (AdaptiveThreshold(), 8), (Credit(), 8), (SlowFast(), 0)])
+def test_a_state_takes_the_bytes_that_the_documentation_says(rule: Transfer, share: int, tiny_bundle: Bundle) -> None:
+    batch, block, vocab, taken = len(PROMPTS), 12, 97, 0
+    session = open_session(tiny_bundle, SessionOptions(threads=1))
+    allocate = session.allocate
+
+    def count(dims: tuple[int, ...], type: TensorType) -> Buffer:
+        nonlocal taken
+        buffer = allocate(dims, type)
+        taken += buffer.read().nbytes if len(dims) == 3 and dims[-1] == vocab else 0
+        return buffer
+
+    session.allocate = count  # type: ignore[method-assign]
+    with DiffusionLM(tiny_bundle, session) as lm:
+        options = GenerationOptions(gen_length=24, block_length=block)
+        for _ in range(2):
+            lm.run(lm.continuation(PROMPTS, options), options, NoCache(), rule)
+    assert taken == share * batch * block * vocab
 
 
 # -- equalities between rules
