@@ -147,11 +147,12 @@ def draw_panel(axes: Axes, outcomes: Sequence[Outcome], measure: Measure, styles
         )
     low = min(min(100 * one.share for one in outcomes), *(100 * one.low for one in frontier))
     high = max(max(100 * one.share for one in outcomes), *(100 * one.high for one in frontier))
-    room = max(high - low, 1.0)
+    span = max(high - low, 1.0)
     # Room above the marks for the labels.
-    axes.set_ylim(low - 0.08 * room, high + 0.35 * room)
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%" if value <= 100.0001 else ""))
+    axes.set_ylim(low - 0.08 * span, high + 0.35 * span)
+    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    axes.set_yticks([tick for tick in ticks if low - 0.08 * span <= tick <= 100])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -175,7 +176,7 @@ def label_groups(axes: Axes, outcomes: Sequence[Outcome], measure: Measure) -> N
     half = MARK / 2 * DPI / 72 + 2
     taken = [(np.subtract(spot, half), np.add(spot, half)) for spot in spots]
     far, near = offsets(FAR), offsets(NEAR)
-    groups = [[outcomes[place] for place in group] for group in find_groups(spots, 2 * half)]
+    groups = [[outcomes[place] for place in group] for group in find_groups(spots, (4 * half, 2 * half))]
     names = Names(outcomes)
     for members in sorted(groups, key=lambda group: not any(one in frontier for one in group)):
         best = [one for one in members if one in frontier]
@@ -198,14 +199,14 @@ def label_groups(axes: Axes, outcomes: Sequence[Outcome], measure: Measure) -> N
             )
 
 
-def find_groups(spots: Sequence[tuple[float, ...]], reach: float) -> list[list[int]]:
-    """Places of marks that cover one another, from left to right: within `reach` of a group's first in both directions."""
+def find_groups(spots: Sequence[tuple[float, ...]], reach: tuple[float, float]) -> list[list[int]]:
+    """Places of marks that touch one another, from left to right: within `reach` (across, up) of a group's first."""
     groups: list[list[int]] = []
     for place in sorted(range(len(spots)), key=lambda place: spots[place]):
         near = (
             group
             for group in groups
-            if all(abs(a - b) < reach for a, b in zip(spots[group[0]], spots[place], strict=True))
+            if all(abs(a - b) < far for a, b, far in zip(spots[group[0]], spots[place], reach, strict=True))
         )
         group = next(near, None)
         if group is None:
@@ -229,8 +230,8 @@ class Names:
         return f"{self._list(policies, self._policies, 'policies', 4)}\n{self._list(rules, self._rules, 'rules', 2)}"
 
     def _list(self, some: list[str], every: list[str], noun: str, most: int) -> str:
-        if len(some) == 1:
-            return some[0]
+        if len(some) == 1 or len(every) == 2:
+            return ", ".join(some)
         if len(some) == len(every):
             return f"all {noun}"
         rest = [name for name in every if name not in some]
