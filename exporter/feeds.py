@@ -30,12 +30,14 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
     whole = graph in ("layer_full", "layer_compact")
     placed = any(tensor.name == "fresh" for tensor in spec.inputs)
     rows = LENGTH if whole else RESPONSE
+    # Copies take rows of any sequence, counted through all, here into one.
+    places = (1, BATCH * RESPONSE) if graph.startswith("copy_") else (BATCH, RESPONSE)
     known: dict[str, NDArray[np.generic]] = {
         "tokens": rng.integers(0, shape.vocab, (BATCH, rows)).astype(np.int32),
         "cos": cos,
         "sin": sin,
         "mask": columns >= padding,
-        "index": alive if placed else rng.integers(0, RESPONSE, (BATCH, BUDGET)).astype(np.int32),
+        "index": alive if placed else rng.integers(0, places[1], (places[0], BUDGET)).astype(np.int32),
         "slot": np.tile(np.maximum(columns - PROMPT, 0).astype(np.int32), (BATCH, 1)),
         "fresh": np.tile(columns >= PROMPT, (BATCH, 1)),
         # Where a layer keeps rows by their score it keeps all, so that near-equal scores of half types do not count.
@@ -56,6 +58,6 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         if tensor.name in known:
             feeds[tensor.name] = known[tensor.name]
             continue
-        count = LENGTH if tensor.name in ("key", "value") else rows
+        count = LENGTH if tensor.name in ("key", "value", "rest") else rows
         feeds[tensor.name] = rng.standard_normal((BATCH, count, int(tensor.dims[-1]))) * size
     return feeds

@@ -233,9 +233,7 @@ class OnnxOps:
         return self._cast(self._range(self._size(x, 1), x.dims[1]), TensorProto.INT32)
 
     def take_rows(self, rows: Value, index: Value) -> Value:
-        flat = self._reshape(rows, (-1, *(int(dim) for dim in rows.dims[2:])), ("rows", *rows.dims[2:]))
-        place = self.add(index, self._row_offsets(rows))
-        return self._node("Gather", (flat, place), rows.type, (*index.dims, *rows.dims[2:]), axis=0)
+        return self.take_flat(rows, self.add(index, self._row_offsets(rows)))
 
     def _row_offsets(self, rows: Value) -> Value:
         """[B, 1] int32: where each sequence starts among the B * N flattened rows; shared by all rows with this N."""
@@ -244,6 +242,10 @@ class OnnxOps:
             starts = self.mul(self._range(self._size(rows, 0), rows.dims[0]), self._size(rows, 1))
             self._offsets[dim] = self.unsqueeze(self._cast(starts, TensorProto.INT32), 1)
         return self._offsets[dim]
+
+    def take_flat(self, rows: Value, index: Value) -> Value:
+        flat = self._reshape(rows, (-1, *(int(dim) for dim in rows.dims[2:])), ("rows", *rows.dims[2:]))
+        return self._node("Gather", (flat, index), rows.type, (*index.dims, *rows.dims[2:]), axis=0)
 
     def lookup(self, table: Value, index: Value) -> Value:
         return self._node("Gather", (table, index), table.type, (*index.dims, table.dims[1]), axis=0)

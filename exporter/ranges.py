@@ -42,15 +42,15 @@ def check_fixed_sizes(specs: Mapping[str, GraphSpec], model_length: int, options
     for sizes in parse_sizes(options.fixed):
         if not any(_fits(sizes, ranges) for ranges in wide.values()):
             group = ",".join(f"{dim}={size}" for dim, size in sizes.items())
-            takes = "; ".join(f"{name} {'/'.join(sorted(ranges.keys() - {'B'}))}" for name, ranges in wide.items())
+            takes = "; ".join(f"{name} {'/'.join(sorted(ranges.keys() - {'B', 'C'}))}" for name, ranges in wide.items())
             raise UsageError(
                 f"--fixed has {group!r}, which no graph has as its dims, or not within --max-length and --rows: {takes}"
             )
 
 
 def _fits(sizes: Mapping[str, int], wide: Mapping[str, Range]) -> bool:
-    """Whether these are a graph's dims, the batch aside, within its ranges."""
-    return sizes.keys() == wide.keys() - {"B"} and all(size <= wide[dim][2] for dim, size in sizes.items())
+    """Whether these are a graph's dims, batches aside, within its ranges."""
+    return sizes.keys() == wide.keys() - {"B", "C"} and all(size <= wide[dim][2] for dim, size in sizes.items())
 
 
 def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dict[str, Range]:
@@ -60,6 +60,7 @@ def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dic
     whole, some = (1, min(1024, length), length), (1, rows, length)
     by_dim: dict[str, Range] = {
         "B": (1, 1, options.max_batch),
+        "C": (1, 1, options.max_batch),
         "S": whole,
         "N": whole,
         "X": some,

@@ -1,7 +1,7 @@
 """Which graphs exist: their inputs, weights and outputs by name, with dims and types. The contract in one place.
 
-Dim letters: B batch, S sequence, X alive rows, Q recomputed or candidate rows, N rows of a source, K head candidates;
-numbers are sizes fixed by the model. Outputs end in `_out` where an input has the same name.
+Dim letters: B batch, C batch of a copy, S sequence, X alive rows, Q recomputed, candidate or copied rows, N rows of a source,
+K head candidates; numbers are sizes fixed by the model. Outputs end in `_out` where an input has the same name.
 """
 
 from __future__ import annotations
@@ -274,6 +274,27 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
             (),
             (rows("hidden_out", "Q", d),),
             steps.gather,
+        ),
+        GraphSpec(
+            "copy_features",
+            (rows("key", "N", kv), rows("value", "N", kv), TensorSpec("index", "int32", ("C", "Q"))),
+            (),
+            tuple(TensorSpec(name, "compute", ("C", "Q", kv)) for name in ("key_out", "value_out")),
+            steps.copy_features,
+        ),
+        GraphSpec(
+            "copy_rows",
+            (rows("hidden", "N", d), TensorSpec("index", "int32", ("C", "Q"))),
+            (),
+            (TensorSpec("hidden_out", "compute", ("C", "Q", d)),),
+            steps.copy_rows,
+        ),
+        GraphSpec(
+            "join_rows",
+            (rows("hidden", "Q", d), *placed, rows("rest", "S", d)),
+            (),
+            (rows("hidden_out", "S", d),),
+            steps.join_rows,
         ),
         GraphSpec(
             "guidance",

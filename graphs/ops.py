@@ -116,6 +116,10 @@ class Ops(Protocol[T]):
         """rows [B, N, ...], index [B, Q] int32 -> [B, Q, ...]: rows of each sequence by position."""
         ...
 
+    def take_flat(self, rows: T, index: T) -> T:
+        """rows [B, N, D], index [C, Q] int32 -> [C, Q, D]: rows of any sequence, counted through all: b * N + n."""
+        ...
+
     def lookup(self, table: T, index: T) -> T:
         """table [V, D], index [B, N] int32 -> [B, N, D]."""
         ...

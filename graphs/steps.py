@@ -144,6 +144,24 @@ def gather(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     return {"hidden_out": ops.take_rows(t["hidden"], t["index"])}
 
 
+def copy_features(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Cached keys and values of rows of any sequence, in another layout: between a shared prefix and a request's caches.
+
+    `index` [C, Q] counts the source's rows through all its sequences, so that one sequence can become many and many one.
+    """
+    return {f"{name}_out": ops.take_flat(t[name], t["index"]) for name in ("key", "value")}
+
+
+def copy_rows(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """The same for rows of the residual stream."""
+    return {"hidden_out": ops.take_flat(t["hidden"], t["index"])}
+
+
+def join_rows(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Alive rows back into the whole sequence: position j is row slot[j] of `hidden` where fresh[j], else that of `rest`."""
+    return {"hidden_out": put_rows(ops, t["hidden"], t["slot"], t["fresh"], t["rest"])}
+
+
 def guidance(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Classifier-free guidance residual before the head: norm(conditional) - norm(unconditional).
 

@@ -125,6 +125,9 @@ class TorchOps:
         sequence = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
         return rows[sequence, index.long()]
 
+    def take_flat(self, rows: Tensor, index: Tensor) -> Tensor:
+        return rows.flatten(0, 1)[index.long()]
+
     def lookup(self, table: Tensor, index: Tensor) -> Tensor:
         return torch.nn.functional.embedding(index.long(), table)
 

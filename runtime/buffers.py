@@ -63,6 +63,10 @@ class Buffers:
         """The residual stream between two layers."""
         return self.get(f"hidden.{stream}.{half}", (self._request.batch, rows, self._shape.hidden), "compute")
 
+    def entering(self) -> Buffer:
+        """Rows of all the sequence that enter the layer up to which a prefix is shared: kept here, or loaded to join."""
+        return self.get("entering", (self._request.batch, self._request.length, self._shape.hidden), "compute")
+
     def sequence_delta(self, half: int) -> Buffer:
         """Deltas of all rows, where a step computes more than the response keeps."""
         dims = (self._request.batch, self._request.length, self._shape.hidden)

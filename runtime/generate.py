@@ -18,11 +18,13 @@ from dllm_export.runtime.decoder import Decoder, check_options, is_foreseen
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies.contract import make_plan
-from dllm_export.runtime.policies.policy import CachePolicy, Compaction, StepKind, StepPlan, StepState
-from dllm_export.runtime.request import Request
+from dllm_export.runtime.policies.policy import CachePolicy, Compaction, PrefixState, StepKind, StepPlan, StepState
+from dllm_export.runtime.prefix_store import PrefixStore
+from dllm_export.runtime.request import Prefix, Request
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.schedule import commit_counts
 from dllm_export.runtime.session import Session
+from dllm_export.runtime.sharing import Sharing
 from dllm_export.runtime.transfers import Quota, Transfer
 from dllm_export.runtime.trunk import Trunk
 
@@ -80,6 +82,7 @@ class Passes:
     compacted: Compaction | None = None
     """The compaction that was made last."""
     drift: NDArray[np.float64] | None = None  # [B, L] of the last step, where its plan measured it
+    sharing: Sharing | None = None
 
     def advance(self, block: int) -> None:
         """Count a pass in this block."""
@@ -100,6 +103,8 @@ class Denoiser:
     policy: CachePolicy
     transfer: Transfer = Quota()
     watch: bool = False
+    prefixes: PrefixStore | None = None
+    """Where the prefix of the request is kept; without it the request shares none."""
     _decoder: Decoder = field(init=False)
     _given: NDArray[np.bool_] = field(init=False)
     _upcoming: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step will decide
@@ -122,6 +127,22 @@ class Denoiser:
         for trunk in (self.workspace.conditional, *((self.workspace.unconditional,) if self._guided else ())):
             trunk.start(cos, sin, visible)
         self.workspace.head.set_guidance_scale(self.options.cfg_scale)
+        if request.prefix is not None and self.prefixes is not None:
+            self._share(self.prefixes, request.prefix)
+
+    def _share(self, store: PrefixStore, prefix: Prefix) -> None:
+        starts = tuple(self.request.padding.tolist())
+        place = PrefixState(rows=prefix.rows, starts=starts, depth=prefix.depth, stored=False)
+        store.check(prefix, guided=self._guided)
+        self._conditional.sharing = Sharing.start(store, self.workspace.conditional, place, self._decoder.canvas)
+        if self._guided:
+            self._unconditional.sharing = Sharing.start(store, self.workspace.unconditional, place, self._blank())
+
+    def close(self) -> None:
+        """Let go of what the request holds of the store."""
+        for passes in (self._conditional, self._unconditional):
+            if passes.sharing is not None:
+                passes.sharing.close()
 
     @property
     def _guided(self) -> bool:
@@ -181,8 +202,7 @@ class Denoiser:
         due = (step - 1) % self.options.cfg_interval == 0 or step <= GUIDANCE_WARMUP
         missing = state.candidates & ~self._residual
         if self._guided and (due or missing.any()):
-            blank = np.where(self._given, np.int32(self.special.mask), self._decoder.canvas)
-            _, other = self._run_trunk(self.workspace.unconditional, self._unconditional, blank, block)
+            _, other = self._run_trunk(self.workspace.unconditional, self._unconditional, self._blank(), block)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
             self._clock.time(self.workspace.head.prepare_guidance(*hidden))
             self._residual = self._alive(plan) & self._alive(other)
@@ -194,6 +214,10 @@ class Denoiser:
         everything = np.ones((request.batch, request.length), np.bool_)
         return (plan.rows.mask(request.length) if plan.rows else everything)[:, request.prompt_rows :]
 
+    def _blank(self) -> NDArray[np.int32]:
+        """The canvas [B, S] without what was given: the unconditional pass of guidance."""
+        return np.where(self._given, np.int32(self.special.mask), self._decoder.canvas)
+
     def _run_trunk(
         self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int
     ) -> tuple[StepState, StepPlan]:
@@ -201,7 +225,11 @@ class Denoiser:
         state = self._state(passes)
         plan = make_plan(self.policy, state)
         passes.masked, passes.compacted = state.masked, plan.compaction or passes.compacted
+        if passes.sharing is not None and plan.join is not None:
+            self._clock.time(passes.sharing.load())
         self._clock.time(trunk.prepare(plan, canvas))
+        if passes.sharing is not None and plan.share is not None and (save := passes.sharing.save()):
+            self._clock.time(save)
         passes.drift = self._clock.time(lambda: trunk.drift(plan)) if plan.measure_drift else None
         self._passes += 1
         return state, plan
@@ -228,6 +256,7 @@ class Denoiser:
             drift=passes.drift,
             indicator_rank=self.shape.indicator_rank,
             upcoming=self._upcoming,
+            prefix=passes.sharing.look() if passes.sharing is not None else None,
         )
 
 

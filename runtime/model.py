@@ -15,7 +15,9 @@ from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.generate import Denoiser, Frame, Workspace
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy, NoCache
-from dllm_export.runtime.request import Request, continuation, infilling
+from dllm_export.runtime.prefix_profile import PrefixProfile, digest_weights
+from dllm_export.runtime.prefix_store import PREFIX_BUDGET, PrefixStore
+from dllm_export.runtime.request import Request, continuation, infilling, share_prefix
 from dllm_export.runtime.session import Session, SessionOptions, open_session
 from dllm_export.runtime.tokenizer import Tokenizer
 from dllm_export.runtime.transfers import Quota, Transfer
@@ -47,9 +49,11 @@ class Generation:
 class DiffusionLM:
     """A bundle opened on one provider. A context manager; not for two threads at once."""
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:
+    def __init__(self, bundle: Bundle, session: Session, *, prefix_budget: int = PREFIX_BUDGET) -> None:
         self.bundle, self.session = bundle, session
         manifest = bundle.manifest
+        identity = f"{manifest.digest} {manifest.dtype} {session.provider}"
+        self.prefixes = PrefixStore(session, manifest.shape, identity, prefix_budget)
         self._workspace: Workspace | None = None
         self.tokenizer: Tokenizer | None = None
         if manifest.tokenizer is not None:
@@ -61,12 +65,14 @@ class DiffusionLM:
         cls,
         path: str | os.PathLike[str],
         options: SessionOptions = SessionOptions(),
+        *,
+        prefix_budget: int = PREFIX_BUDGET,
     ) -> DiffusionLM:
-        """Open and verify a bundle directory."""
+        """Open and verify a bundle directory; `prefix_budget` is in tokens of shared prefixes that are kept."""
         bundle = open_bundle(path)
         session = open_session(bundle, options)
         try:
-            return cls(bundle, session)
+            return cls(bundle, session, prefix_budget=prefix_budget)
         except BaseException:
             session.close()
             raise
@@ -80,6 +86,7 @@ class DiffusionLM:
     def close(self) -> None:
         """Free the provider's memory."""
         self._workspace = None
+        self.prefixes.clear()
         self.session.close()
 
     # -- requests
@@ -98,6 +105,29 @@ class DiffusionLM:
         """Checked request: token ids with mask ids anywhere."""
         return infilling(canvases, options, self.bundle.manifest.shape, self.bundle.manifest.tokens)
 
+    def share(
+        self,
+        request: Request,
+        prefix: Sequence[int],
+        *,
+        depth: int | None = None,
+        profile: PrefixProfile | None = None,
+    ) -> Request:
+        """The request with these token ids named as the start that its prompts share with other requests.
+
+        Policy `SharedPrefix` then takes their features below layer `depth` from the first request that had them.
+        """
+        manifest = self.bundle.manifest
+        if depth is None:
+            if profile is None:
+                raise UsageError(
+                    "a shared prefix needs a depth: give --prefix-depth, or --prefix-profile with a file that "
+                    "'dllm-export profile-prefix' wrote"
+                )
+            profile.check(digest_weights(manifest))
+            depth = profile.depth(len(prefix), request.shape.length)
+        return share_prefix(request, prefix, depth, manifest.shape.layers)
+
     def stream(
         self,
         request: Request,
@@ -113,7 +143,9 @@ class DiffusionLM:
         manifest = self.bundle.manifest
         if workspace is None or workspace.request != request.shape:
             workspace = Workspace(self.session, manifest.shape, request.shape)
-        denoiser = Denoiser(workspace, manifest.shape, manifest.tokens, request, options, policy, transfer, watch)
+        denoiser = Denoiser(
+            workspace, manifest.shape, manifest.tokens, request, options, policy, transfer, watch, self.prefixes
+        )
         try:
             yield from denoiser.frames()
         except Exception:
@@ -121,6 +153,8 @@ class DiffusionLM:
         except BaseException:
             self._workspace = workspace
             raise
+        finally:
+            denoiser.close()
         self._workspace = workspace
 
     def run(

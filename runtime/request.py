@@ -16,6 +16,15 @@ from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.schedule import Schedule, make_schedule
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """Rows at the start of every prompt that other requests share."""
+
+    rows: int
+    depth: int
+    """Layers, counted from the first, that take its features from other requests."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Left-padded canvases and how to fill them. The response starts at the same column in every sequence."""
@@ -26,6 +35,7 @@ class Request:
     schedule: Schedule
     infilling: bool = False
     """Whether masks were given in a text rather than appended to a prompt."""
+    prefix: Prefix | None = None
 
 
 def continuation(
@@ -98,3 +108,27 @@ def make_request(
         batch=len(canvases), prompt_rows=width - schedule.gen_length, response_rows=schedule.gen_length
     )
     return Request(canvas, padding, request, schedule)
+
+
+def share_prefix(request: Request, tokens: Sequence[int], depth: int, layers: int) -> Request:
+    """The same request, with these tokens named as the start that all its prompts have."""
+    if not tokens:
+        raise UsageError("the prefix of --prefix-file is empty, expected at least one token; leave the flag out")
+    if not 0 <= depth <= layers:
+        raise UsageError(f"--prefix-depth is {depth}, expected 0 to {layers}, the layers of this model")
+    wanted = np.array(tokens)
+    for number, (canvas, padding) in enumerate(zip(request.canvas, request.padding.tolist(), strict=True), 1):
+        prompt = canvas[padding : request.shape.prompt_rows]
+        if len(tokens) > len(prompt):
+            raise UsageError(
+                f"the prefix of --prefix-file is {len(tokens)} tokens long, longer than prompt {number}, which has "
+                f"{len(prompt)} before its first mask: share a shorter one"
+            )
+        different = np.flatnonzero(prompt[: len(tokens)] != wanted)
+        if len(different):
+            place = int(different[0])
+            raise UsageError(
+                f"prompt {number} does not start with the prefix of --prefix-file: its token {place + 1} is {prompt[place]}, "
+                f"expected {wanted[place]}; begin the prompt with exactly that text, or leave the flag out"
+            )
+    return replace(request, prefix=Prefix(rows=len(tokens), depth=depth))

@@ -18,6 +18,7 @@ from dllm_export.graphs import ModelShape, TensorType
 from dllm_export.runtime.buffers import Buffers, RequestShape, Segment
 from dllm_export.runtime.compact_cache import CompactCache
 from dllm_export.runtime.policies.policy import PICKING_GRAPHS, LayerPlan, Rows, StepPlan
+from dllm_export.runtime.prefix_port import PrefixPort
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
 
 ProgramKey = tuple[StepPlan, int, bool, tuple[int, ...], tuple[int, int]]
@@ -33,6 +34,7 @@ class Trunk:
         self._session, self._shape, self.request = session, shape, request
         self._buffers = Buffers(session, shape, request)
         self._compact = CompactCache(self._buffers, shape, request)
+        self.port = PrefixPort(session, self._buffers, request)
         self._halves = (0,) * shape.layers
         self._programs: OrderedDict[ProgramKey, tuple[Program, tuple[int, ...]]] = OrderedDict()
         self._placed_rows: Rows | None = None
@@ -79,11 +81,23 @@ class Trunk:
         """Hidden rows of the response [B, R, D] after the last run; only its alive rows mean anything."""
         return self._buffers.hidden("response", self.request.response_rows, self._shape.layers % 2)
 
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """Which of its two copies each layer's cache is in: what the last step wrote and the next one reads."""
+        return self._halves
+
+    def features(self, layer: int) -> tuple[Buffer, Buffer]:
+        """Keys and values [B, S, G*d] of a layer after the last run."""
+        half = self._halves[layer]
+        return self._buffers.cache("key", layer, half), self._buffers.cache("value", layer, half)
+
     def recomputed(self, plan: StepPlan) -> NDArray[np.bool_]:
         """Which response rows [B, R] the last layer recomputed in the step of this plan, just run."""
         request, last = self.request, plan.layers[-1]
         rows = np.zeros((request.batch, request.length), np.bool_)
-        if last.graph in ("layer_full", "layer_partial"):
+        if last.graph == "layer_full":
+            rows[:] = True
+        if last.graph == "layer_partial":
             np.put_along_axis(rows, self._alive(plan), True, axis=1)
         if last.graph in PICKING_GRAPHS:
             picked = self._picked(last.budget).read()
@@ -147,12 +161,22 @@ class Trunk:
     def _calls(self, plan: StepPlan) -> Iterator[GraphCall]:
         yield GraphCall("embed", None, {"tokens": self._tokens(plan), "hidden_out": self._stream(plan, 0)})
         for layer, step in enumerate(plan.layers):
+            if layer == plan.join:
+                before, plan = plan, replace(plan, alive="sequence", rows=None)
+                yield self._join(before, layer, self._stream(plan, layer))
+            if layer == plan.share:
+                yield self._gather(self._stream(plan, layer), self._positions("sequence"), self._buffers.entering())
             stream = {"hidden": self._stream(plan, layer), "hidden_out": self._stream(plan, layer + 1)}
             yield from self._reference_calls(plan, layer, step)
             yield from self._layer_calls(plan, layer, step, stream)
         if plan.alive != "response":
             places = self._row_response() if plan.rows else self._positions("response")
             yield self._gather(self._stream(plan, self._shape.layers), places, self.hidden)
+
+    def _join(self, plan: StepPlan, layer: int, target: Buffer) -> GraphCall:
+        placed = {name: buffer for name, buffer in self._placed(plan).items() if name != "index"}
+        rows = {"hidden": self._stream(plan, layer), "rest": self._buffers.entering(), "hidden_out": target}
+        return GraphCall("join_rows", None, {**rows, **placed})
 
     def _stream(self, plan: StepPlan, layer: int) -> Buffer:
         """The alive rows that enter a layer; where inputs are kept, the response's stay where they were written."""
@@ -218,8 +242,9 @@ class Trunk:
                 halves = (buffers.cache("indicator", layer, half) for half in (old, new))
                 chosen |= dict(zip(("indicator", "indicator_out"), halves, strict=True))
             yield GraphCall(step.graph, layer, {**tensors, **cached, **self._placed(plan), **chosen})
-        if whole and plan.keep_delta:
-            yield self._gather(after, self._positions("response"), buffers.cache("delta", layer, new))
+        if plan.alive != "response" and plan.keep_delta:
+            places = self._row_response() if plan.rows else self._positions("response")
+            yield self._gather(after, places, buffers.cache("delta", layer, new))
 
     def _gather(self, source: Buffer, index: Buffer, target: Buffer) -> GraphCall:
         return GraphCall("gather", None, {"hidden": source, "index": index, "hidden_out": target})

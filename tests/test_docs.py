@@ -165,6 +165,38 @@ def test_the_bars_that_a_gpu_met_stay_in_the_measurement() -> None:
     assert tensorrt["session"]["peak_memory"] <= 1.05 * (held["weights"] + caches + held["workspace"])
 
 
+def shared_table() -> str:
+    """Requests that share a prefix, beside the same base policy without: every speed beside its answers."""
+    rows = [
+        "| base | rule | policy | tokens/s | x base | problems right | 95 % interval |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted((ROOT / "docs/measurements").glob("shared-prefix-*-2-core.json")):
+        outcomes = json.loads(file.read_text())["outcomes"]
+        plain = {one["transfer"]: one for one in outcomes if one["policy"] != "shared-prefix"}
+        for one in sorted(outcomes, key=lambda one: (one["transfer"], one["policy"] == "shared-prefix")):
+            base = plain[one["transfer"]]
+            speed, reference = (each["tokens"] / each["seconds"] for each in (one, base))
+            rows.append(
+                f"| {base['policy']} | {one['transfer']} | {one['policy']} | {speed:.1f} | {speed / reference:.2f} | "
+                f"{one['right'] / one['asked']:.1%} of {one['asked']} | {one['low']:.1%} to {one['high']:.1%} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def test_the_shared_prefix_table_equals_the_measurements() -> None:
+    assert section("docs/policies.md", "shared") == shared_table()
+
+
+def test_the_bar_of_shared_prefixes_is_met_one_token_a_step() -> None:
+    """1.5 times the tokens/s of the same base policy at most one point of accuracy below it."""
+    report = json.loads((ROOT / "docs/measurements/shared-prefix-none-2-core.json").read_text())
+    plain, shared = (one for one in report["outcomes"] if one["transfer"] == "quota")
+    assert (plain["policy"], shared["policy"], report["settings"]["suite"]["sheets"]) == ("none", "shared-prefix", 50)
+    assert plain["seconds"] / shared["seconds"] >= 1.5
+    assert 100 * (plain["right"] - shared["right"]) <= plain["asked"]
+
+
 def test_the_frontier_equals_the_measurement() -> None:
     assert section("docs/policies.md", "frontier") == frontier_table()
 

@@ -27,6 +27,7 @@ from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.runtime.transfers import Transfer
 from dllm_export.tools.flags import Command, Flag, from_fields, shared_flags, strategy_flags
 from dllm_export.tools.output import format_bytes, on_terminal, plural, print_json, print_note, print_pairs
+from dllm_export.tools.prefix_flags import PrefixOptions
 from dllm_export.tools.prompts import collect_prompts, make_request, prompt_flags
 
 LARGE = 10**8
@@ -40,6 +41,10 @@ CALLED_WITH: Mapping[str, str] = {
     "layer_indicated": "--policy spa",
     "layer_indicator": "--policy spa",
     "layer_skip": "--policy dllm-cache --update-ratio 0",
+    **dict.fromkeys(
+        ("copy_features", "copy_rows", "join_rows"),
+        "--policy shared-prefix --refresh-interval 1 --prefix-file FILE --prefix-depth 1",
+    ),
     "guidance": "--cfg-scale 1.5",
     "head": "--cfg-scale 0",
     "head_guided": "--cfg-scale 1.5",
@@ -75,6 +80,7 @@ CALLED_WITH: Mapping[str, str] = {
 @prompt_flags
 @from_fields(GenerationOptions, "options", "Generation")
 @strategy_flags
+@from_fields(PrefixOptions, "prefix", "Shared prefix")
 @from_fields(SessionOptions, "session", "Provider")
 @shared_flags
 def command(
@@ -91,6 +97,7 @@ def command(
     options: GenerationOptions,
     policy: CachePolicy,
     transfer: Transfer,
+    prefix: PrefixOptions,
     session: SessionOptions,
     as_json: bool,
 ) -> None:
@@ -101,13 +108,14 @@ def command(
     """
     check_strategies(options, policy, transfer)
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)
+    prefix.check(policy)
     check_folder(output)
     opened, target = open_bundle(bundle), Target(graph=graph, layer=layer, step=step)
     check_target(opened, target)
     check_polygraphy(opened)
     with closing(RecordingSession(open_session(opened, session), opened, target)) as recorder:
-        model = DiffusionLM(opened, recorder)
-        request = make_request(model, prompts, options)
+        model = DiffusionLM(opened, recorder, prefix_budget=prefix.prefix_budget)
+        request = prefix.share(model, make_request(model, prompts, options))
         recording = recorder.record(model.stream(request, options, policy, transfer))
     if recording is None:
         raise UsageError(explain_absence(target, recorder.called, request.schedule.steps))

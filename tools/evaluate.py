@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from dllm_export.errors import IncompatibleError, StrategyError, UsageError
-from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.model import DiffusionLM, Generation
 from dllm_export.runtime.options import GenerationOptions, option
 from dllm_export.runtime.plugins import Strategies, find_installed
-from dllm_export.runtime.policies import CachePolicy
+from dllm_export.runtime.policies import CachePolicy, SharedPrefix
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.transfers import Transfer
@@ -32,7 +32,10 @@ from dllm_export.tools.frontier import (
 from dllm_export.tools.generate_text import count_tokens
 from dllm_export.tools.machine import Others, describe_machine, pip_line
 from dllm_export.tools.output import encode_json, print_json, print_warning, show_progress
+from dllm_export.tools.prefix_flags import PrefixOptions
+from dllm_export.tools.prompts import read_prompt
 from dllm_export.tools.suite import Task, make_worksheets, read_suite
+from dllm_export.tools.worksheets import held_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +47,22 @@ class EvaluateOptions:
     transfers: str = option("all", "decoding rules with a comma between, or all")
     sheets: int = option(40, "worksheets of the demo suite; none of them was trained on")
     problems: int = option(12, "problems on each worksheet, 6 to 16")
+    shared_problems: int = option(
+        0, "look-up problems that all worksheets begin with; the text up to there is a prefix"
+    )
     gen_length: int | None = option(None, "tokens to generate for each line of a JSONL suite")
     block_length: int | None = option(None, "semi-autoregressive block; default: the whole response")
     seed: int = option(7, "which worksheets")
+    base: str = option("none", "what shared-prefix wraps")
+    interleave: bool = option(
+        False, "answer a task with all pairs before the next, so that noise hits all of them alike"
+    )
 
     def __post_init__(self) -> None:
         if self.sheets < 1 or self.seed < 0:
             raise UsageError("--sheets must be at least 1 and --seed at least 0")
+        if self.shared_problems and self.suite != "demo":
+            raise UsageError("--shared-problems belongs to --suite demo; name a file's common start with --prefix-file")
 
 
 def check_chart(context: click.Context, flag: click.Parameter, path: Path | None) -> Path | None:
@@ -69,6 +81,7 @@ def check_chart(context: click.Context, flag: click.Parameter, path: Path | None
 @click.command("evaluate", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @from_fields(EvaluateOptions, "options", "Options")
+@from_fields(PrefixOptions, "prefix", "Shared prefix")
 @from_fields(SessionOptions, "session", "Provider")
 @report_flag
 @click.option(
@@ -84,6 +97,7 @@ def check_chart(context: click.Context, flag: click.Parameter, path: Path | None
 def command(
     bundle: Path,
     options: EvaluateOptions,
+    prefix: PrefixOptions,
     session: SessionOptions,
     report: Path | None,
     chart: Path | None,
@@ -98,26 +112,30 @@ def command(
     installed = find_installed()
     policies = choose_strategies(options.policies, installed.policies)
     rules = choose_strategies(options.transfers, installed.transfers)
+    base = installed.policies.find(options.base)()
+    policies = [SharedPrefix(base=base) if isinstance(policy, SharedPrefix) else policy for policy in policies]
     if options.suite == "demo":
-        tasks = make_worksheets(options.sheets, options.seed, options.problems)
+        tasks = make_worksheets(options.sheets, options.seed, options.problems, options.shared_problems)
     else:
         tasks = read_suite(Path(options.suite), options.gen_length)
-    with DiffusionLM.from_pretrained(bundle, session) as lm:
-        settings, machine = plain(describe_evaluation(lm, options, session)), plain(describe_machine(session.threads))
-        questions = [ask(lm, task, options) for task in tasks]
-        outcomes, refusals = load_outcomes(report, settings, machine), []
+    shared = find_prefix(options, prefix)
+    with DiffusionLM.from_pretrained(bundle, session, prefix_budget=prefix.prefix_budget) as lm:
+        settings = plain(describe_evaluation(lm, options, prefix, session))
+        machine = plain(describe_machine(session.threads))
+        questions = [ask(lm, task, options, prefix, shared) for task in tasks]
+        outcomes = load_outcomes(report, settings, machine)
+        refusals: list[Refusal] = []
         done = {(outcome.policy, outcome.transfer) for outcome in outcomes}
-        pairs = [(policy, rule) for policy in policies for rule in rules if (policy.name, rule.name) not in done]
+        pairs = [Tally(policy, rule) for policy in policies for rule in rules if (policy.name, rule.name) not in done]
+        groups = [pairs] if options.interleave else [[pair] for pair in pairs]
         with show_progress() as progress:
-            for number, (policy, rule) in enumerate(pairs):
+            for number, group in enumerate(groups):
 
-                def advance(share: float, number: int = number, name: str = f"{policy.name}, {rule.name}") -> None:
-                    progress(name, int(100 * (number + share)), 100 * len(pairs))
+                def advance(name: str, share: float, number: int = number) -> None:
+                    progress(name, int(100 * (number + share)), 100 * len(groups))
 
-                try:
-                    outcomes.append(answer_all(lm, questions, policy, rule, advance))
-                except (UsageError, StrategyError, IncompatibleError) as error:  # this pair's; others may work
-                    refusals.append(Refusal(policy=policy.name, transfer=rule.name, reason=str(error)))
+                found, refused = answer_all(lm, questions, group, advance)
+                outcomes, refusals = [*outcomes, *found], [*refusals, *refused]
                 evaluation = Evaluation(settings=settings, machine=machine, outcomes=outcomes, refusals=refusals)
                 save_evaluation(report, evaluation)
     evaluation = Evaluation(settings=settings, machine=machine, outcomes=outcomes, refusals=refusals)
@@ -145,10 +163,24 @@ def choose_strategies(names: str, known: Strategies[Any]) -> list[Any]:
     return [known.find(name)() for name in chosen]
 
 
-def describe_evaluation(lm: DiffusionLM, options: EvaluateOptions, session: SessionOptions) -> dict[str, Any]:
+def find_prefix(options: EvaluateOptions, prefix: PrefixOptions) -> str | None:
+    """The text that all prompts start with, where one is named."""
+    if prefix.prefix_file is not None:
+        return read_prompt(prefix.prefix_file)
+    if options.shared_problems:
+        return held_out(1, options.seed, options.problems, options.shared_problems)[0].start(options.shared_problems)
+    if prefix.given:
+        raise UsageError("--prefix-depth and --prefix-profile need a prefix: --prefix-file, or --shared-problems")
+    return None
+
+
+def describe_evaluation(
+    lm: DiffusionLM, options: EvaluateOptions, prefix: PrefixOptions, session: SessionOptions
+) -> dict[str, Any]:
     """What makes two outcomes comparable; names that were asked for are not part of it."""
     own = {name: value for name, value in describe(options).items() if name not in ("policies", "transfers")}
-    return {"bundle": lm.bundle.manifest.digest, "options": own, "session": describe(session)}
+    shared = describe(prefix)
+    return {"bundle": lm.bundle.manifest.digest, "options": own, "prefix": shared, "session": describe(session)}
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,49 +191,94 @@ def plain(value: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A task as a checked request."""
+    """A task as a checked request, and as one that names the prefix which all of them share."""
 
     task: Task
     request: Request
+    sharing: Request | None
     options: GenerationOptions
 
 
-def ask(lm: DiffusionLM, task: Task, options: EvaluateOptions) -> Question:
+def ask(lm: DiffusionLM, task: Task, options: EvaluateOptions, prefix: PrefixOptions, shared: str | None) -> Question:
     """The request of a task; a prompt that does not fit is an error of the suite and not of a policy."""
     given = GenerationOptions(gen_length=task.length, block_length=options.block_length)
-    return Question(task, lm.continuation([lm.encode(task.prompt)], given), given)
+    request = lm.continuation([lm.encode(task.prompt)], given)
+    return Question(task, request, None if shared is None else prefix.share(lm, request, shared), given)
+
+
+@dataclass(slots=True)
+class Tally:
+    """One policy with one rule, and what it has answered so far."""
+
+    policy: CachePolicy
+    rule: Transfer
+    right: int = 0
+    asked: int = 0
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+
+    def answer(self, lm: DiffusionLM, question: Question) -> Generation:
+        """The answer to a question, not counted."""
+        request = question.request
+        if isinstance(self.policy, SharedPrefix):
+            if question.sharing is None:
+                raise UsageError("it needs a prefix: give --prefix-file or, with --suite demo, --shared-problems")
+            request = question.sharing
+        return lm.run(request, question.options, self.policy, self.rule)[0]
+
+    def count(self, question: Question, result: Generation) -> None:
+        """Grade and count an answer."""
+        marks = question.task.grade(result.text)
+        self.right, self.asked = self.right + sum(marks), self.asked + len(marks)
+        self.tokens, self.passes = self.tokens + count_tokens([result]), self.passes + result.passes
+        self.seconds += result.seconds
+
+    def outcome(self, others: float | None) -> Outcome:
+        """All that was counted; `others` is the share of the machine that others took, where it is known."""
+        low, high = wilson_interval(self.right, self.asked)
+        return Outcome(
+            policy=self.policy.name,
+            policy_settings=describe(self.policy),
+            transfer=self.rule.name,
+            transfer_settings=describe(self.rule),
+            right=self.right,
+            asked=self.asked,
+            low=low,
+            high=high,
+            tokens=self.tokens,
+            passes=self.passes,
+            seconds=self.seconds,
+            others=others,
+        )
 
 
 def answer_all(
-    lm: DiffusionLM,
-    questions: Sequence[Question],
-    policy: CachePolicy,
-    rule: Transfer,
-    advance: Callable[[float], None],
-) -> Outcome:
-    """Every task once; the first also runs before the clock, since sessions prepare a step when they first meet it."""
-    right = asked = tokens = passes = 0
-    seconds = 0.0
-    lm.run(questions[0].request, questions[0].options, policy, rule)
+    lm: DiffusionLM, questions: Sequence[Question], tallies: Sequence[Tally], advance: Callable[[str, float], None]
+) -> tuple[list[Outcome], list[Refusal]]:
+    """Every task once with each of the pairs, the first and the last of them taking turns; what fails leaves the others.
+
+    The first task also runs before the clock, since sessions prepare a step when they first meet it. What it stored of a
+    shared prefix is forgotten, so that a request of those that count pays for that.
+    """
+    going, refusals = list(tallies), []
+
+    def attempt(tally: Tally, question: Question) -> Generation | None:
+        try:
+            return tally.answer(lm, question)
+        except (UsageError, StrategyError, IncompatibleError) as error:  # this pair's; others may work
+            going.remove(tally)
+            refusals.append(Refusal(policy=tally.policy.name, transfer=tally.rule.name, reason=str(error)))
+            return None
+
+    for tally in tallies:
+        attempt(tally, questions[0])
+        lm.prefixes.clear()
     with Others() as others:
-        for number, question in enumerate(questions, 1):
-            result = lm.run(question.request, question.options, policy, rule)[0]
-            marks = question.task.grade(result.text)
-            right, asked = right + sum(marks), asked + len(marks)
-            tokens, passes, seconds = tokens + count_tokens([result]), passes + result.passes, seconds + result.seconds
-            advance(number / len(questions))
-    low, high = wilson_interval(right, asked)
-    return Outcome(
-        policy=policy.name,
-        policy_settings=describe(policy),
-        transfer=rule.name,
-        transfer_settings=describe(rule),
-        right=right,
-        asked=asked,
-        low=low,
-        high=high,
-        tokens=tokens,
-        passes=passes,
-        seconds=seconds,
-        others=others.share,
-    )
+        for number, question in enumerate(questions):
+            for tally in tuple(going) if number % 2 == 0 else tuple(reversed(going)):
+                result = attempt(tally, question)
+                if result is not None:
+                    tally.count(question, result)
+                advance(f"{tally.policy.name}, {tally.rule.name}", (number + 1) / len(questions))
+    return [tally.outcome(others.share) for tally in going], refusals

@@ -77,13 +77,23 @@ class Choice:
     help: str
 
     def make(self, name: str, values: Mapping[str, Any]) -> Any:
-        """The strategy of this name with the values that were given (not None)."""
+        """The strategy of this name with the values that were given (not None).
+
+        One that wraps another of its kind passes on what belongs to that, or not to itself.
+        """
         kind = self.strategies.find(name)
         if name in self.strategies.faults:
             print_warning(self.strategies.faults[name])
         given = {field: value for field, value in values.items() if value is not None}
+        own = {field.name for field in fields(kind)}
+        for wrapped in fields(kind):
+            if wrapped.metadata.get("strategy"):
+                name_inside = given.pop(wrapped.name, wrapped.default.name)
+                inside = {field.name for field in fields(self.strategies.find(name_inside))}
+                passed = {field: given.pop(field) for field in [*given] if field in inside or field not in own}
+                given[wrapped.name] = self.make(name_inside, passed)
         for field in given:
-            if field not in {own.name for own in fields(kind)}:
+            if field not in own:
                 owners = self.owners[field]
                 raise UsageError(
                     f"{flag(field)} is no option of the {self.strategies.noun} '{name}', it belongs to: {', '.join(owners)}; "
@@ -213,16 +223,19 @@ def check_report(_context: click.Context, _flag: click.Parameter, path: Path | N
 
 
 def describe(values: object) -> dict[str, object]:
-    """Field names and values of an options dataclass, for reports."""
+    """Field names and values of an options dataclass, for reports; a strategy that another wraps with its name."""
     return dict(_pairs(values))
 
 
 def _pairs(values: Any) -> Iterator[tuple[str, object]]:
     for field in fields(values):
-        yield field.name, getattr(values, field.name)
+        value = getattr(values, field.name)
+        yield field.name, {"name": value.name, **describe(value)} if field.metadata.get("strategy") else value
 
 
 def _parameter_type(field: Field[Any], kind: object) -> click.ParamType[Any]:
+    if field.metadata.get("strategy"):
+        return click.STRING
     choices = field.metadata.get("choices") or (get_args(kind) if get_origin(kind) is Literal else None)
     if choices:
         return click.Choice(choices)
@@ -239,4 +252,4 @@ def _show_defaults(kinds: Mapping[str, type[Any]], names: Sequence[str], field: 
 def _show(default: object, name: str) -> str:
     if isinstance(default, bool):
         return flag(name if default else f"no_{name}")
-    return str(default)
+    return str(getattr(default, "name", default))

@@ -38,6 +38,7 @@ from dllm_export.tools.output import (
     show_progress,
     write_report,
 )
+from dllm_export.tools.prefix_flags import PrefixOptions
 from dllm_export.tools.prompts import collect_prompts, make_request, prompt_flags
 from dllm_export.tools.watch import Watch
 
@@ -47,6 +48,7 @@ from dllm_export.tools.watch import Watch
 @prompt_flags
 @from_fields(GenerationOptions, "options", "Generation")
 @strategy_flags
+@from_fields(PrefixOptions, "prefix", "Shared prefix")
 @from_fields(SessionOptions, "session", "Provider")
 @click.option("--watch", cls=Flag, section="Output", is_flag=True, help="show every step on stderr while it happens")
 @report_flag
@@ -61,6 +63,7 @@ def command(
     options: GenerationOptions,
     policy: CachePolicy,
     transfer: Transfer,
+    prefix: PrefixOptions,
     session: SessionOptions,
     watch: bool,
     report: Path | None,
@@ -72,10 +75,13 @@ def command(
     """
     check_strategies(options, policy, transfer)
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)
-    with DiffusionLM.from_pretrained(bundle, session) as model:
-        request = make_request(model, prompts, options)
+    prefix.check(policy)
+    with DiffusionLM.from_pretrained(bundle, session, prefix_budget=prefix.prefix_budget) as model:
+        request = prefix.share(model, make_request(model, prompts, options))
         batch = denoise(model, request, options, policy, transfer, watch=watch)
         settings = describe_settings(model, request, options, session) | describe_strategies(policy, transfer)
+        if request.prefix is not None:
+            settings["prefix"] = describe(request.prefix)
         has_text, held = model.tokenizer is not None, model.session.inspect()
     outcome = [describe_generation(generation, batch, settings, held) for generation in batch]
     value = outcome[0] if len(outcome) == 1 else outcome

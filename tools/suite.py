@@ -21,9 +21,9 @@ class Task:
     grade: Callable[[str], Sequence[bool]]
 
 
-def make_worksheets(sheets: int, seed: int, problems: int) -> list[Task]:
-    """Worksheets that the demo model was not trained on."""
-    drawn = held_out(sheets, seed, problems)
+def make_worksheets(sheets: int, seed: int, problems: int, shared: int = 0) -> list[Task]:
+    """Worksheets that the demo model was not trained on; the first `shared` problems are those of all of them."""
+    drawn = held_out(sheets, seed, problems, shared)
     return [Task(sheet.prompt, len(sheet.answer), partial(grade, sheet)) for sheet in drawn]
 
 

@@ -58,6 +58,11 @@ class Worksheet:
         lines = (f"{_label(place)}) {problem.question}\n" for place, problem in enumerate(self.problems))
         return HEADER + "".join(lines) + FOOTER
 
+    def start(self, count: int) -> str:
+        """The prompt up to and with this many problems."""
+        lines = self.prompt.splitlines(keepends=True)
+        return "".join(lines[: 1 + count])
+
     @property
     def cells(self) -> tuple[str, ...]:
         """The right answer, cell by cell."""
@@ -118,19 +123,38 @@ def training_stream(seed: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
 
 
-def held_out(count: int, seed: int, problems: int | None = None) -> tuple[Worksheet, ...]:
+def held_out(count: int, seed: int, problems: int | None = None, shared: int = 0) -> tuple[Worksheet, ...]:
     """Worksheets of reserved questions only, with 6 to 16 problems each or with as many as `problems` says.
 
-    A smaller count gives the first sheets of a larger one.
+    A smaller count gives the first sheets of a larger one. With `shared`, all of them begin with the same look-up problems,
+    so many of their own, and the other problems are the same as without.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     low, high = PROBLEMS
+    if not 0 <= shared < (low if problems is None else problems):
+        raise UsageError(
+            f"--shared-problems is {shared}, expected 0 to {(low if problems is None else problems) - 1}: every worksheet "
+            f"has at least one problem of its own"
+        )
 
     def draw() -> Worksheet:
         size = int(rng.integers(low, high + 1)) if problems is None else problems
         return draw_sheets(rng, 1, size, reserved=True).worksheet(0)
 
-    return tuple(draw() for _ in range(count))
+    sheets = tuple(draw() for _ in range(count))
+    start = shared_start(seed, shared)
+    return tuple(Worksheet(problems=(*start, *sheet.problems[shared:])) for sheet in sheets)
+
+
+def shared_start(seed: int, count: int) -> tuple[Problem, ...]:
+    """The look-up problems that held-out worksheets of this seed begin with."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+    look_up = next(kind for kind in KINDS if kind.name == "look up")
+    items = draw_items(look_up, rng, count, reserved=True)
+    return tuple(
+        Problem(kind=look_up.name, question=bytes(line).decode()[3:-1], answer=bytes(result).decode().strip())
+        for line, result in zip(look_up.lines(items), look_up.solve(items), strict=True)
+    )
 
 
 def draw_sheets(

@@ -11,8 +11,17 @@ from dllm_export.runtime.policies.dual import DualCache
 from dllm_export.runtime.policies.dynamic_dllm import DynamicDllm
 from dllm_export.runtime.policies.freecache import FreeCache
 from dllm_export.runtime.policies.none import NoCache
-from dllm_export.runtime.policies.policy import CachePolicy, Compaction, LayerPlan, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.policy import (
+    CachePolicy,
+    Compaction,
+    LayerPlan,
+    PrefixState,
+    Rows,
+    StepPlan,
+    StepState,
+)
 from dllm_export.runtime.policies.prefix import PrefixCache
+from dllm_export.runtime.policies.shared_prefix import SharedPrefix
 from dllm_export.runtime.policies.spa import SpaCache
 from dllm_export.runtime.policies.sparse import SparseCache
 from dllm_export.runtime.policies.window import WindowCache
@@ -31,6 +40,7 @@ POLICIES: Mapping[str, type[CachePolicy]] = {
         DkvDecode,
         DkvGreedy,
         SparseCache,
+        SharedPrefix,
     )
 }
 
@@ -47,7 +57,9 @@ __all__ = [
     "LayerPlan",
     "NoCache",
     "PrefixCache",
+    "PrefixState",
     "Rows",
+    "SharedPrefix",
     "SpaCache",
     "SparseCache",
     "StepPlan",

@@ -61,7 +61,9 @@ def find_fault(plan: object, state: StepState) -> str | None:
         fault = None if rows is None else _find_row_fault(what, rows, state)
         if fault:
             return fault
-    fault = None if plan.compaction is None else _find_compaction_fault(plan, plan.compaction, state)
+    fault = _find_prefix_fault(plan, state)
+    if plan.compaction is not None:
+        fault = fault or _find_compaction_fault(plan, plan.compaction, state)
     if fault:
         return fault
     if plan.rows is not None:
@@ -134,17 +136,42 @@ def _find_row_fault(what: str, rows: Rows, state: StepState) -> str | None:
     return None
 
 
+def _find_prefix_fault(plan: StepPlan, state: StepState) -> str | None:
+    """A prefix to store or to join that there is not, at another depth than the request's, or among other rows."""
+    prefix = state.prefix
+    for what, depth in (("stores", plan.share), ("joins", plan.join)):
+        if depth is not None and (prefix is None or depth != prefix.depth or depth == 0):
+            shared = "and the request shares none" if prefix is None else f"expected {prefix.depth} (and at least 1)"
+            return f"it {what} a prefix at layer {depth}, {shared}"
+    if plan.share is not None and not plan.whole:
+        return "it stores the prefix, which takes layer_full in every layer"
+    if plan.join is None or prefix is None:
+        return None
+    if not prefix.stored:
+        return "it joins a prefix that is not stored"
+    if (
+        plan.rows is None
+        or (plan.rows.mask(state.length) != Rows.outside(prefix, state.length).mask(state.length)).any()
+    ):
+        return "it joins the prefix to rows that are not exactly all the others"
+    return None
+
+
 def _find_reach_fault(plan: StepPlan, rows: Rows, state: StepState) -> str | None:
-    """Alive rows that a provider cannot run, or that leave out a row which this step may decide."""
+    """Alive rows that a provider cannot run, or that leave out a row which this step decides or whose delta it keeps."""
+    join = len(plan.layers) if plan.join is None else plan.join
     for number, layer in enumerate(plan.layers):
-        if layer.graph != "layer_partial":
+        if number < join and layer.graph != "layer_partial":
             return f"layer {number} runs {layer.graph}, but chosen rows can only run layer_partial"
+        if number >= join and layer.graph != "layer_full":
+            return f"layer {number} runs {layer.graph}, expected layer_full from the layer on where the prefix joins"
     if plan.reference is not None or plan.measure_drift:
         return "chosen rows keep no reference and measure no drift: that takes the whole response alive"
     candidates = state.candidates
-    missing = np.argwhere(candidates & ~rows.mask(state.length)[:, state.prompt_rows :])
+    needed, what = (np.ones_like(candidates), "keeps its delta") if plan.keep_delta else (candidates, "may be decided")
+    missing = np.argwhere(needed & ~rows.mask(state.length)[:, state.prompt_rows :])
     if len(missing):
         sequence, row = missing[0]
         position = state.prompt_rows + row
-        return f"position {position} of sequence {sequence} may be decided in this step, but is not among its rows"
+        return f"position {position} of sequence {sequence} {what} in this step, but is not among its rows"
     return None

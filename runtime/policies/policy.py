@@ -13,7 +13,22 @@ PICKING_GRAPHS = ("layer_adaptive", "layer_tracking", "layer_indicated")
 """Layers that pick `budget` of the alive rows by how far they drifted."""
 Reference = Literal["input", "indicator"]
 Alive = Literal["sequence", "response", "rows"]
-StepKind = Literal["full", "refresh_prompt", "refresh_response", "partial"]
+StepKind = Literal["full", "split", "refresh_prompt", "refresh_response", "partial"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixState:
+    """The rows at the start of every sequence that other requests share, and what is known of them from those."""
+
+    rows: int
+    """n, equally many in every sequence."""
+    starts: tuple[int, ...]
+    """First position of the prefix in each sequence; padding lies before it."""
+    depth: int
+    """Layers, counted from the first, whose keys and values of the prefix may come from another request."""
+    stored: bool
+    """Whether they are stored, with the rows that enter layer `depth`."""
+
 
 REFRESH_INTERVAL = "steps of a block from one full pass to the next; 0: only its first step is one"
 """Help text of `refresh_interval`, which means the same in every policy that has it (StepState.is_refresh)."""
@@ -51,6 +66,8 @@ class StepState:
     """[B, L] mean drift of the response rows in every layer in the last step, if its plan measured it."""
     indicator_rank: int = 0
     """Width of the bundle's change indicator, which `layer_indicated` needs; 0 in a bundle without."""
+    prefix: PrefixState | None = None
+    """The prefix that the request shares with others, where it names one."""
 
     @classmethod
     def first(cls, *, layers: int, prompt_rows: int, response_rows: int, batch: int = 1) -> StepState:
@@ -117,6 +134,12 @@ class Rows:
         """Rows of one sequence."""
         return len(self.positions[0])
 
+    @classmethod
+    def outside(cls, prefix: PrefixState, length: int) -> Rows:
+        """All positions of sequences of this length but those of the prefix."""
+        ends = ((start, start + prefix.rows) for start in prefix.starts)
+        return cls(tuple((*range(start), *range(end, length)) for start, end in ends))
+
     def array(self) -> NDArray[np.int32]:
         """The positions as an array [B, count]."""
         return np.array(self.positions, np.int32).reshape(len(self.positions), self.count)
@@ -174,6 +197,11 @@ class StepPlan:
     """Positions that layers must pick."""
     write_response_values: bool = True
     """`layer_adaptive` stores the projected values of all alive rows, not of the prompt rows alone."""
+    share: int | None = None
+    """Store the prefix's keys and values below this layer, and its rows that enter it, for later requests."""
+    join: int | None = None
+    """Layers below this one run `rows`, all but the prefix, against its stored keys and values; here its stored rows join
+    and the whole sequence is alive. As many as there are layers: they never join."""
 
     @classmethod
     def refresh(
@@ -201,11 +229,24 @@ class StepPlan:
         layers = (LayerPlan("layer_partial"),) * state.layers
         return cls(kind="refresh_response", alive="response", layers=layers, reference=reference)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every layer computes every row."""
+        return self.alive == "sequence" and all(layer.graph == "layer_full" for layer in self.layers)
+
     @classmethod
     def recompute(cls, state: StepState, rows: Rows, *, compaction: Compaction | None = None) -> StepPlan:
         """These rows in every layer, against the cached keys and values of all others, or of those that were kept."""
         layers = (LayerPlan("layer_partial"),) * state.layers
         return cls(kind="partial", alive="rows", rows=rows, layers=layers, keep_delta=False, compaction=compaction)
+
+    @classmethod
+    def split(cls, state: StepState, prefix: PrefixState, *, keep_delta: bool) -> StepPlan:
+        """Every row of every layer, but for the prefix's in the first `depth` layers, which are as stored."""
+        depth = prefix.depth
+        layers = (*[LayerPlan("layer_partial")] * depth, *[LayerPlan("layer_full")] * (state.layers - depth))
+        rows = Rows.outside(prefix, state.length)
+        return cls(kind="split", alive="rows", rows=rows, layers=layers, keep_delta=keep_delta, join=depth)
 
 
 class CachePolicy(Protocol):

@@ -12,7 +12,7 @@ Range = tuple[int, int, int]
 
 Profile = Mapping[str, Range]
 
-FLAGS = {"B": "--max-batch", "S": "--max-length", "N": "--max-length", "X": "--max-length", "Q": "--max-length"}
+FLAGS = dict.fromkeys("BC", "--max-batch") | dict.fromkeys("SNXQ", "--max-length")
 """Dim -> the flag of `build` that widens it; the head's Q is --rows."""
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dllm_export.runtime.policies import CachePolicy as CachePolicy
     from dllm_export.runtime.policies import DllmCache as DllmCache
     from dllm_export.runtime.policies import NoCache as NoCache
+    from dllm_export.runtime.policies import SharedPrefix as SharedPrefix
     from dllm_export.runtime.session import SessionOptions as SessionOptions
 
 _HOMES = {
@@ -38,6 +39,7 @@ _HOMES = {
     "GenerationOptions": "runtime.options",
     "NoCache": "runtime.policies",
     "SessionOptions": "runtime.session",
+    "SharedPrefix": "runtime.policies",
     "open_bundle": "runtime.bundle",
 }
 

@@ -22,7 +22,7 @@ Feeds = dict[str, Array]
 DrawFeeds = Callable[..., Feeds]
 RunGraph = Callable[[str, ModelShape, str, Feeds], Feeds]
 
-SIZES = {"B": 2, "S": 12, "X": 7, "Q": 4, "N": 9}
+SIZES = {"B": 2, "C": 3, "S": 12, "X": 7, "Q": 4, "N": 9}
 SIZES_OF = {"layer_compact": {"X": 3, "Q": 9}}
 """Sizes of a graph whose rows are others: the block's three and those that are kept with them."""
 PADDING = np.array([[0], [2]])
@@ -40,6 +40,11 @@ def place(index: Array, length: int) -> tuple[Array, Array]:
 def draw_index(rng: np.random.Generator, count: int, among: int) -> Array:
     """`count` rows of each sequence out of `among`, in no order."""
     return np.stack([rng.permutation(among)[:count] for _ in range(SIZES["B"])]).astype(np.int32)
+
+
+def draw_copies(rng: np.random.Generator, sizes: dict[str, int]) -> Array:
+    """Rows of any sequence of the source, for every sequence of the target."""
+    return rng.integers(0, SIZES["B"] * sizes["N"], (sizes["C"], sizes["Q"])).astype(np.int32)
 
 
 def draw_tensor(rng: np.random.Generator, tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
@@ -68,7 +73,7 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "cos": cos,
         "sin": sin,
         "mask": column >= PADDING,
-        "index": index,
+        "index": draw_copies(rng, sizes) if spec.name.startswith("copy_") else index,
         "slot": slot,
         "fresh": fresh,
         "bias": bias,

@@ -372,3 +372,32 @@ def test_gather_takes_rows_of_each_sequence_repeated_ones_too(
     feeds["index"] = np.array([[4, 0, 4], [8, 7, 1]], np.int32)
     found = run_graph(reading, SHAPE, "gather", feeds)["hidden_out"]
     np.testing.assert_array_equal(found, rows(as_seen(reading, feeds["hidden"]), feeds["index"]))
+
+
+# -- copies of a shared prefix
+@every_reading
+def test_copies_take_rows_of_any_sequence_to_any(reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    feeds = draw_feeds(SHAPE, "copy_features", Q=2)
+    feeds["index"] = np.array([[0, 10], [17, 8], [9, 9]], np.int32)
+    found = run_graph(reading, SHAPE, "copy_features", feeds)
+    for name in ("key", "value"):
+        source = as_seen(reading, feeds[name])
+        expected = [[source[0, 0], source[1, 1]], [source[1, 8], source[0, 8]], [source[1, 0], source[1, 0]]]
+        np.testing.assert_array_equal(found[f"{name}_out"], np.array(expected))
+    feeds = {**draw_feeds(SHAPE, "copy_rows"), "index": np.array([[9, 0, 4]], np.int32)}
+    source = as_seen(reading, feeds["hidden"])
+    found = run_graph(reading, SHAPE, "copy_rows", feeds)
+    np.testing.assert_array_equal(found["hidden_out"], [[source[1, 0], source[0, 0], source[0, 4]]])
+
+
+@every_reading
+def test_joined_rows_lie_where_they_are_placed_among_the_rest(
+    reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPE, "join_rows")
+    found = run_graph(reading, SHAPE, "join_rows", feeds)["hidden_out"]
+    expected = as_seen(reading, feeds["rest"]).copy()
+    for row, (slot, fresh) in enumerate(zip(feeds["slot"], feeds["fresh"], strict=True)):
+        expected[row, fresh] = as_seen(reading, feeds["hidden"])[row, slot[fresh]]
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < feeds["fresh"].sum() < feeds["fresh"].size

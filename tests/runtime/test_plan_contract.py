@@ -14,7 +14,16 @@ from dllm_export.errors import StrategyError
 from dllm_export.runtime.generate import Frame
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import POLICIES, Compaction, LayerPlan, NoCache, Rows, StepPlan, StepState
+from dllm_export.runtime.policies import (
+    POLICIES,
+    Compaction,
+    LayerPlan,
+    NoCache,
+    PrefixState,
+    Rows,
+    StepPlan,
+    StepState,
+)
 from dllm_export.runtime.policies.contract import find_fault
 
 OpenModel = Callable[[str], DiffusionLM]
@@ -26,16 +35,74 @@ FULL = StepPlan.refresh(STATE)
 SOME = StepPlan.recompute(STATE, Rows.span(4, 8, 2))
 
 
-def adaptive(budget: int, alive: Any = "response", forced: Rows | None = None) -> StepPlan:
-    return replace(FULL, alive=alive, layers=(LayerPlan("layer_adaptive", budget),) * 3, forced=forced)
-
-
 def run_all(graph: Any, plan: StepPlan) -> StepPlan:
     return replace(plan, layers=(plan.layers[0], LayerPlan(graph), plan.layers[2]))
 
 
 def compacting(rows: Rows, *kept: int) -> StepPlan:
     return replace(FULL, compaction=Compaction(rows, kept))
+
+
+PREFIX = PrefixState(rows=3, starts=(0, 1), depth=2, stored=True)
+SHARING = replace(STATE, prefix=PREFIX)
+SPLIT = StepPlan.split(SHARING, PREFIX, keep_delta=True)
+PREFIX_FAULTS: dict[str, tuple[StepPlan, StepState, str]] = {
+    "none to store": (replace(FULL, share=2), STATE, "it stores a prefix at layer 2, and the request shares none"),
+    "none to join": (SPLIT, STATE, "it joins a prefix at layer 2, and the request shares none"),
+    "store deeper": (replace(FULL, share=3), SHARING, "it stores a prefix at layer 3, expected 2"),
+    "join earlier": (replace(SPLIT, join=1), SHARING, "it joins a prefix at layer 1, expected 2"),
+    "depth 0": (
+        replace(FULL, share=0),
+        replace(SHARING, prefix=replace(PREFIX, depth=0)),
+        "it stores a prefix at layer 0",
+    ),
+    "not computed": (replace(SPLIT, share=2), SHARING, "it stores the prefix, which takes layer_full in every layer"),
+    "not stored": (
+        SPLIT,
+        replace(SHARING, prefix=replace(PREFIX, stored=False)),
+        "it joins a prefix that is not stored",
+    ),
+    "other rows": (
+        replace(SPLIT, rows=Rows.span(3, 10, 2)),
+        SHARING,
+        "it joins the prefix to rows that are not exactly",
+    ),
+    "no rows": (
+        replace(SPLIT, rows=None, alive="sequence"),
+        SHARING,
+        "it joins the prefix to rows that are not exactly",
+    ),
+    "graph below": (run_all("layer_full", SPLIT), SHARING, "layer 1 runs layer_full, but chosen rows can only run"),
+    "graph above": (
+        replace(SPLIT, layers=(LayerPlan("layer_partial"),) * 3),
+        SHARING,
+        "layer 2 runs layer_partial, expected layer_full from the layer on where the prefix joins",
+    ),
+    "delta": (
+        replace(SOME, keep_delta=True),
+        STATE,
+        "position 8 of sequence 0 keeps its delta in this step, but is not",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFIX_FAULTS)
+def test_every_fault_about_a_prefix_is_named(name: str) -> None:
+    plan, state, sentence = PREFIX_FAULTS[name]
+    assert (find_fault(plan, state) or "").startswith(sentence)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_plans_that_store_and_join_a_prefix_have_no_fault(depth: int) -> None:
+    prefix = replace(PREFIX, depth=depth)
+    state = replace(STATE, prefix=prefix)
+    assert find_fault(replace(FULL, share=depth), state) is None
+    assert find_fault(StepPlan.split(state, prefix, keep_delta=True), state) is None
+    assert find_fault(StepPlan.recompute(state, Rows.outside(prefix, state.length)), state) is None
+
+
+def adaptive(budget: int, alive: Any = "response", forced: Rows | None = None) -> StepPlan:
+    return replace(FULL, alive=alive, layers=(LayerPlan("layer_adaptive", budget),) * 3, forced=forced)
 
 
 FAULTS: dict[str, tuple[Any, str]] = {

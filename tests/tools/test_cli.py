@@ -286,9 +286,11 @@ def test_a_bundle_without_tokenizer_takes_and_gives_ids(invoke: Invoke, byte_mod
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_generates(name: str, generate: Invoke) -> None:
-    order = ("--remasking", "random") if name == "dkv-greedy" else ()
-    result = generate("--prompt", "abc", "--prompt", "ab", "--block-length", 8, "--policy", name, *order, "--json")
+def test_every_policy_generates(name: str, generate: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "prefix.txt").write_text("ab")
+    shared = ("--prefix-file", tmp_path / "prefix.txt", "--prefix-depth", 1)
+    needed = {"dkv-greedy": ("--remasking", "random"), "shared-prefix": shared}.get(name, ())
+    result = generate("--prompt", "abc", "--prompt", "ab", "--block-length", 8, "--policy", name, *needed, "--json")
     assert result.code == 0, result.err
     for one in result.json:
         assert one["settings"]["policy"]["name"] == name
@@ -357,6 +359,7 @@ EFFECTS = {
 }
 TESTED_APART = {
     *("--prompt", "--prompt-file", "--prompt-ids", "--infill", "--chat"),
+    *("--base", "--prefix-file", "--prefix-depth", "--prefix-profile", "--prefix-budget"),  # test_prefix_flags.py
     *("--watch", "--report", "--json", "--debug", "--device", "--captures"),
 }
 

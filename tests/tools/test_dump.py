@@ -72,7 +72,7 @@ def dump(byte_bundle: Bundle, tmp_path: Path) -> Dump:
 
 def run_dump(bundle: Bundle, *arguments: object) -> int:
     """The exit code of `dump` in this process; one thread, 12 tokens, two prompts."""
-    fixed = ["--threads", "1", "--prepack", "off", "--gen-length", "12", "--prompt", "abcde", "--prompt", "xyz"]
+    fixed = ["--threads", "1", "--prepack", "off", "--gen-length", "12", "--prompt", "abcde", "--prompt", "abz"]
     return cli.run(["dump", str(bundle.path), *fixed, *map(str, arguments)])
 
 
@@ -117,8 +117,10 @@ def test_the_exact_comparison_sees_one_changed_bit(dump: Dump) -> None:
 
 
 @pytest.mark.parametrize("graph", CALLED_WITH)
-def test_the_flags_that_a_message_names_make_the_graph_run(graph: str, dump: Dump) -> None:
-    assert (dump(graph, CALLED_WITH[graph]) / f"{graph}.onnx").is_file()
+def test_the_flags_that_a_message_names_make_the_graph_run(graph: str, dump: Dump, tmp_path: Path) -> None:
+    (tmp_path / "prefix.txt").write_text("ab")
+    flags = CALLED_WITH[graph].replace("FILE", str(tmp_path / "prefix.txt"))
+    assert (dump(graph, flags) / f"{graph}.onnx").is_file()
 
 
 def test_every_graph_has_flags_or_is_always_called() -> None:

@@ -55,11 +55,17 @@ SMALL = ("--sheets", 2, "--problems", 6)
 def test_every_pair_answers_the_same_worksheets(evaluate: Evaluate) -> None:
     result = evaluate(*SMALL, "--json")
     assert result.exit_code == 0, result.output
-    outcomes, in_any_order = outcomes_of(result.stdout), POLICIES.keys() - {"dkv-greedy"}
+    outcomes, in_any_order = outcomes_of(result.stdout), POLICIES.keys() - {"dkv-greedy", "shared-prefix"}
     assert outcomes.keys() == {(policy, rule) for policy in in_any_order for rule in TRANSFERS}
     refusals = json.loads(result.stdout)["refusals"]
-    assert {(one["policy"], one["transfer"]) for one in refusals} == {("dkv-greedy", rule) for rule in TRANSFERS}
-    assert all("--policy dkv-greedy must know which rows a step decides" in one["reason"] for one in refusals)
+    assert {(one["policy"], one["transfer"]) for one in refusals} == {
+        (policy, rule) for policy in ("dkv-greedy", "shared-prefix") for rule in TRANSFERS
+    }
+    reasons = {
+        "dkv-greedy": "--policy dkv-greedy must know which rows a step decides",
+        "shared-prefix": "it needs a prefix: give --prefix-file",
+    }
+    assert all(reasons[one["policy"]] in one["reason"] for one in refusals)
     quota = outcomes["none", "quota"]
     assert (quota["asked"], quota["tokens"], quota["passes"]) == (12, 96, 96)
     for (policy, _), outcome in outcomes.items():
@@ -211,6 +217,46 @@ def test_a_report_of_other_settings_is_kept(evaluate: Evaluate, tmp_path: Path) 
     assert report.read_bytes() == before
 
 
+SHARED = ("--problems", 7, "--shared-problems", 5, "--transfers", "threshold,quota", "--prefix-depth", 2, "--json")
+
+
+def test_a_shared_prefix_beside_its_base_task_by_task(evaluate: Evaluate) -> None:
+    result = evaluate("--sheets", 2, *SHARED, "--policies", "none,shared-prefix", "--interleave")
+    assert result.exit_code == 0, result.output
+    outcomes = outcomes_of(result.stdout)
+    assert outcomes.keys() == {
+        (policy, rule) for policy in ("none", "shared-prefix") for rule in ("threshold", "quota")
+    }
+    for outcome in outcomes.values():
+        assert (outcome["asked"], outcome["tokens"]) == (14, 112)
+        assert outcome["right"] >= 13, "the trained model knows these"
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["prefix"]["prefix_depth"], settings["options"]["interleave"]) == (2, True)
+
+
+def test_shared_prefix_wraps_the_base_that_is_named(evaluate: Evaluate) -> None:
+    choice = ("--policies", "shared-prefix", "--base", "dual", "--block-length", 8)
+    result = evaluate("--sheets", 1, *SHARED, *choice)
+    assert result.exit_code == 0, result.output
+    assert {outcome["policy_settings"]["base"]["name"] for outcome in outcomes_of(result.stdout).values()} == {"dual"}
+
+
+def test_a_prefix_of_ones_own_suite_is_a_file(evaluate: Evaluate, tmp_path: Path) -> None:
+    suite, prefix = tmp_path / "suite.jsonl", tmp_path / "prefix.txt"
+    sheets = held_out(2, 7, 7, 5)
+    suite.write_text("".join(json.dumps({"prompt": sheet.prompt, "answer": sheet.answer}) + "\n" for sheet in sheets))
+    prefix.write_text(sheets[0].start(5))
+    choice = ("--suite", suite, "--gen-length", 56, "--policies", "shared-prefix", "--transfers", "threshold")
+    result = evaluate(*choice, "--prefix-file", prefix, "--prefix-depth", 2, "--json")
+    assert result.exit_code == 0, result.output
+    assert outcomes_of(result.stdout)["shared-prefix", "threshold"]["right"] == 2
+    prefix.write_text("Arbeitsblatt")
+    result = evaluate(*choice, "--prefix-file", prefix, "--prefix-depth", 2)
+    assert "prompt 1 does not start with the prefix of --prefix-file: its token 1 is 87, expected 65" in str(
+        result.exception
+    )
+
+
 def test_a_suite_of_ones_own(evaluate: Evaluate, tmp_path: Path) -> None:
     sheet = held_out(1, seed=7, problems=6)[0]
     suite = tmp_path / "suite.jsonl"
@@ -248,6 +294,10 @@ def test_a_suite_that_cannot_be_read_names_the_line(
         (("--transfers", ","), "nothing to evaluate"),
         (("--suite", "nowhere.jsonl"), "expected demo or a JSONL file"),
         (("--sheets", "0"), "--sheets must be at least 1"),
+        (("--shared-problems", "12"), "--shared-problems is 12, expected 0 to 11"),
+        (("--suite", "a.jsonl", "--shared-problems", "1"), "--shared-problems belongs to --suite demo"),
+        (("--prefix-depth", "2"), "--prefix-depth and --prefix-profile need a prefix"),
+        (("--policies", "shared-prefix", "--shared-problems", "2"), "a shared prefix needs a depth"),
     ],
 )
 def test_wrong_options_are_refused(arguments: tuple[str, str], sentence: str, evaluate: Evaluate) -> None:

@@ -79,6 +79,22 @@ def test_held_out_sheets_depend_on_the_seed_alone(sheets: tuple[Worksheet, ...])
     assert {len(sheet.problems) for sheet in held_out(3, seed=5, problems=9)} == {9}
 
 
+def test_held_out_sheets_may_begin_with_the_same_problems() -> None:
+    plain, shared = held_out(6, 5, 9), held_out(6, 5, 9, 4)
+    assert len({sheet.problems[:4] for sheet in shared}) == 1
+    assert [sheet.problems[4:] for sheet in shared] == [sheet.problems[4:] for sheet in plain]
+    for sheet in shared:
+        assert sheet.prompt.startswith(shared[0].start(4))
+        assert grade(sheet, sheet.answer) == (True,) * 9
+        assert all(problem.answer == look_up(problem.question) for problem in sheet.problems[:4])
+
+
+def look_up(question: str) -> str:
+    """'look up b in a=1 b=2' -> 2."""
+    wanted, pairs = question.removeprefix("look up ").split(" in ")
+    return dict(pair.split("=") for pair in pairs.split())[wanted]
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("reserved", [False, True])
 def test_held_out_questions_are_never_trained_on(kind: Kind, reserved: bool) -> None:
