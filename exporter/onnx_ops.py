@@ -258,7 +258,7 @@ class OnnxOps:
         key = self._repeat_heads(self._transpose(key, (0, 2, 1, 3)), heads)
         value = self._repeat_heads(self._transpose(value, (0, 2, 1, 3)), heads)
         scores = self.widen(self.matmul(query, self._transpose(key, (0, 1, 3, 2))))
-        visible = self.unsqueeze(self.unsqueeze(mask, 1), 1)
+        visible = self.unsqueeze(mask if len(mask.dims) == 3 else self.unsqueeze(mask, 1), 1)
         scores = self.where(visible, scores, self._scalar(scores.type, HIDDEN_SCORE))
         weights = self._node("Softmax", (scores,), scores.type, scores.dims, axis=3)
         return self._transpose(self.matmul(self.narrow(weights, value), value), (0, 2, 1, 3))

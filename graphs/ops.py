@@ -128,7 +128,7 @@ class Ops(Protocol[T]):
     def attention(self, query: T, key: T, value: T, mask: T) -> T:
         """softmax(query key^T / sqrt(head_dim)) value, softmax in float32.
 
-        query [B, Q, H, d]; key, value [B, S, G, d] (head j reads group j // (H/G)); mask [B, S] bool, true where a key is
-        visible. Returns [B, Q, H, d].
+        query [B, Q, H, d]; key, value [B, S, G, d] (head j reads group j // (H/G)); mask bool, true where a key is visible:
+        [B, S] to all rows alike, or [B, Q, S] to each row. Every row must see a key. Returns [B, Q, H, d].
         """
         ...

@@ -133,11 +133,12 @@ class TorchOps:
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        visible = mask[:, None] if mask.dim() == 3 else mask[:, None, None]
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=mask[:, None, None, :],
+            attn_mask=visible,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return mixed.transpose(1, 2)
