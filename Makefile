@@ -3,7 +3,9 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.stamp
-TOOLS := .venv/.stamp-tools
+EXTRAS ?=
+COMMA := ,
+TOOLS := .venv/.stamp-tools$(addprefix -,$(EXTRAS))
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -43,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(TOOLS): $(STAMP)
 	@echo "set-up: installing the tools of the tests"
-	@$(PIP_INSTALL) -e '.[export,onnxruntime,tensorrt-rtx,polygraphy,plots,dev]'
+	@$(PIP_INSTALL) -e '.[export,onnxruntime,tensorrt-rtx,polygraphy,plots,dev$(addprefix $(COMMA),$(EXTRAS))]'
 	@# Type stubs: what they depend on cannot be installed, and in site-packages they would pass for TensorRT itself.
 	@$(PIP_INSTALL) --no-deps --upgrade --target .venv/stubs tensorrt-stubs
 	@touch $@

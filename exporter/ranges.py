@@ -31,7 +31,7 @@ def make_profiles(
         for sizes in parse_sizes(options.fixed)
         if _fits(sizes, wide)
     ]
-    rows = min(options.rows, wide["S"][2]) if "S" in wide else 0
+    rows = min(options.rows, wide["S"][2]) if "S" in wide and spec.weights else 0  # a copy of rows has nothing to tune
     narrow = wide | {dim: (1, min(wide[dim][1], rows), rows) for dim in ("X", "Q") if rows and dim in wide}
     return (*fixed, wide) if narrow == wide else (*fixed, narrow, wide)
 

@@ -217,6 +217,7 @@ class Tally:
     tokens: int = 0
     passes: int = 0
     seconds: float = 0.0
+    engine_seconds: float = 0.0
 
     def answer(self, lm: DiffusionLM, question: Question) -> Generation:
         """The answer to a question, not counted."""
@@ -232,7 +233,7 @@ class Tally:
         marks = question.task.grade(result.text)
         self.right, self.asked = self.right + sum(marks), self.asked + len(marks)
         self.tokens, self.passes = self.tokens + count_tokens([result]), self.passes + result.passes
-        self.seconds += result.seconds
+        self.seconds, self.engine_seconds = self.seconds + result.seconds, self.engine_seconds + result.engine_seconds
 
     def outcome(self, others: float | None) -> Outcome:
         """All that was counted; `others` is the share of the machine that others took, where it is known."""
@@ -249,6 +250,7 @@ class Tally:
             tokens=self.tokens,
             passes=self.passes,
             seconds=self.seconds,
+            engine_seconds=self.engine_seconds,
             others=others,
         )
 

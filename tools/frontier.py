@@ -16,7 +16,7 @@ from dllm_export.tools.output import make_table, print_note, print_table, print_
 QUANTILE = 1.959964
 """Of the normal distribution: intervals hold the true share in 95 of 100 cases."""
 
-COLUMNS = ("policy", "rule", "tokens/s", "tokens per pass", "right", "95 % interval")
+COLUMNS = ("policy", "rule", "tokens/s", "tokens per pass", "right", "95 % interval", "outside engines")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class Outcome:
     tokens: int
     passes: int
     seconds: float
+    engine_seconds: float
+    """Of these, the time inside the provider; the rest is planning, sampling and what surrounds them."""
     others: float | None = None
     """Share of the machine's processor time that other processes took meanwhile; None where the system does not tell."""
 
@@ -46,6 +48,11 @@ class Outcome:
     def speed(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
+
+    @property
+    def outside(self) -> float:
+        """Share of the time that was not spent in the provider."""
+        return 1 - self.engine_seconds / self.seconds
 
     @property
     def tokens_per_pass(self) -> float:
@@ -136,6 +143,7 @@ def cells_of(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.tokens_per_pass:.1f}",
         f"{outcome.share:.1%} of {outcome.asked}",
         f"{outcome.low:.1%} to {outcome.high:.1%}",
+        f"{outcome.outside:.1%}",
     )
 
 

@@ -193,7 +193,8 @@ def test_progress_grows_within_an_engine_to_a_hundred(unbuilt: Bundle, tmp_path:
     assert seen[0] == (f"engine embed (1 of {len(bundle.specs)})", 0, 100)
     assert seen[-1] == ("engines", 100, 100)
     for number, graph in enumerate(bundle.specs, 1):
-        assert len({step for what, step, _ in seen if what == f"engine {graph} ({number} of {len(bundle.specs)})"}) > 5
+        name = f"engine {graph} ({number} of {len(bundle.specs)})"
+        assert len({step for what, step, _ in seen if what == name}) >= 5, "a graph that only copies rows reports five"
 
 
 def test_an_interrupted_build_leaves_whole_engines_only_and_goes_on_later(unbuilt: Bundle, tmp_path: Path) -> None:

@@ -20,9 +20,7 @@ from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.transfers import Threshold
 from dllm_export.tools.worksheets import held_out
 
-lm_eval = pytest.importorskip(
-    "lm_eval", reason="needs the extra lm-eval, which the tests of the repository do not install"
-)
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra lm-eval, which `make test EXTRAS=lm-eval` installs")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the harness's own dependencies
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "worksheets-4m"
