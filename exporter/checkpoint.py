@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dllm_export.errors import CheckpointError, IntegrityError
-from dllm_export.graphs.families import BIAS_SLOTS, FAMILIES, LAYER_SLOTS, ModelConfig, detect_family
+from dllm_export.exporter.json_file import read_json
+from dllm_export.exporter.token_files import find_token
+from dllm_export.graphs.families import ModelConfig, Source, detect_family, layer_slots
 from dllm_export.runtime.safetensors_file import read_header
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers that some checkpoints store and that are recomputed from the configuration."""
-JSON_LIMIT = 64 * 2**20
 
 FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,18 +70,16 @@ def open_checkpoint(
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the local directory of a downloaded model")
     raw = read_json(path / "config.json")
-    if family is not None and family not in FAMILIES:
-        raise CheckpointError(f"no family is called {family!r}; there are: {', '.join(FAMILIES)}")
-    config = (FAMILIES[family] if family else detect_family(raw)).read_config(raw, mask_id)
-    expected = expected_tensors(config)
     shards, shapes = find_shards(path)
-    _compare(expected, shapes)
+    source = Source(config=raw, tensors=frozenset(shapes), mask_id=mask_id, find_token=partial(find_token, path))
+    config = detect_family(source, family).read_config(source)
+    expected = expected_tensors(config)
+    unused = {config.names.head} if config.shape.tied_head else set()
+    _compare(expected, {name: shape for name, shape in shapes.items() if name not in unused})
     if layers is not None:
         config = truncate(config, layers)
         expected = expected_tensors(config)
-    architectures = raw.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else config.family
-    return Checkpoint(path, architecture, config, {name: shards[name] for name in expected})
+    return Checkpoint(path, source.architecture or config.family, config, {name: shards[name] for name in expected})
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -111,8 +110,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     in_layer: dict[str, tuple[int, ...]] = {
         "norm1": (d,), "q": (query, d), "k": (kv, d), "v": (kv, d), "out": (d, query), "norm2": (d,),
         "gate": (mlp, d), "up": (mlp, d), "down": (d, mlp), "q_bias": (query,), "k_bias": (kv,), "v_bias": (kv,),
+        "q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,),
     }  # fmt: skip
-    slots = (*LAYER_SLOTS, *(BIAS_SLOTS if shape.qkv_bias else ()))
+    slots = layer_slots(shape)
     expected = {names.in_layer(slot, layer): in_layer[slot] for layer in range(shape.layers) for slot in slots}
     expected |= {names.embedding: (shape.vocab, d), names.norm: (d,)}
     return expected if shape.tied_head else {**expected, names.head: (shape.vocab, d)}
@@ -204,18 +204,3 @@ def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
 def _listing(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing in {path.parent}; it must be a complete model directory")
-    if path.stat().st_size > JSON_LIMIT:
-        raise CheckpointError(f"{path.name} has {path.stat().st_size} bytes, more than any configuration needs")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path.name} is not valid JSON; download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object")
-    return value

@@ -48,6 +48,8 @@ class Probe:
         for slot, count in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
             projected = inner @ weights[slot].T + weights.get(f"{slot}_bias", torch.zeros(()))
             heads[slot] = projected.view(ROWS, count, shape.head_dim).transpose(0, 1)
+            if f"{slot}_norm" in weights:
+                heads[slot] = self._norm(heads[slot], weights[f"{slot}_norm"])
         query, key = self._rotate(heads["q"]), self._rotate(heads["k"])
         repeat = shape.heads // shape.kv_heads
         key, value = (tensor.repeat_interleave(repeat, 0) for tensor in (key, heads["v"]))

@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from dllm_export.errors import CheckpointError
-from dllm_export.exporter.checkpoint import read_json
+from dllm_export.exporter.json_file import read_json
+from dllm_export.exporter.token_files import token_text
 from dllm_export.graphs.families import ModelConfig
 from dllm_export.runtime.manifest import TokenizerRecord
 
@@ -37,7 +38,7 @@ def write_tokenizer(source: Path, config: ModelConfig, root: Path) -> tuple[Toke
     (root / FILE).parent.mkdir()
     tokenizer.save(str(root / FILE))
     record = TokenizerRecord(
-        file=FILE, chat_template=_chat_template(source, settings), bos=_text(settings.get("bos_token"))
+        file=FILE, chat_template=_chat_template(source, settings), bos=token_text(settings.get("bos_token"))
     )
     return record, tokenizer.token_to_id(config.end_of_turn) if config.end_of_turn else None
 
@@ -48,7 +49,7 @@ def _merge_added_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
     if not isinstance(added, dict) or not all(number.isdecimal() for number in added):
         raise CheckpointError("tokenizer_config.json: added_tokens_decoder is not a table from ids to tokens")
     for number, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        content, special = _text(entry), bool(isinstance(entry, dict) and entry.get("special"))
+        content, special = token_text(entry), bool(isinstance(entry, dict) and entry.get("special"))
         add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
         add([AddedToken(content, special=special, normalized=False)])
         if tokenizer.token_to_id(content) != int(number):
@@ -58,7 +59,7 @@ def _merge_added_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
 
 
 def _check_mask(tokenizer: Tokenizer, settings: dict[str, Any], config: ModelConfig) -> None:
-    text = _text(settings.get("mask_token"))
+    text = token_text(settings.get("mask_token"))
     found = tokenizer.token_to_id(text) if text else None
     if found is not None and found != config.tokens.mask:
         raise CheckpointError(
@@ -77,10 +78,3 @@ def _chat_template(source: Path, settings: dict[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-def _text(token: Any) -> str:
-    """Special tokens are strings or objects with `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""

@@ -14,7 +14,7 @@ from dllm_export.exporter.pack import save_tensors
 from dllm_export.exporter.probe import Probe
 from dllm_export.exporter.proxy import make_proxy
 from dllm_export.graphs import DType
-from dllm_export.graphs.families import BIAS_SLOTS, LAYER_SLOTS
+from dllm_export.graphs.families import QK_NORM_SLOTS, layer_slots
 from dllm_export.runtime.manifest import WeightRecord
 
 TORCH_TYPES: dict[DType, torch.dtype] = {
@@ -47,7 +47,7 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
     """
     (root / FOLDER).mkdir()
     config, names = checkpoint.config, checkpoint.config.names
-    slots = (*LAYER_SLOTS, *(BIAS_SLOTS if config.shape.qkv_bias else ()))
+    slots = layer_slots(config.shape)
     with checkpoint.reading() as load:
         probe.embed(load(names.embedding))
     layers = []
@@ -90,7 +90,7 @@ def fuse_layer(raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "q_bias" in raw:
         weights["qk_bias"] = torch.cat((raw["q_bias"], raw["k_bias"]))
         weights["v_bias"] = raw["v_bias"]
-    return weights
+    return weights | {slot: raw[slot] for slot in QK_NORM_SLOTS if slot in raw}
 
 
 def _save(tensors: dict[str, torch.Tensor], dtype: DType, root: Path, file: str) -> dict[str, WeightRecord]:

@@ -54,7 +54,7 @@ class GraphSpec:
 HeadGraph = Literal["head", "head_tracked", "head_credited"]
 """What a decoding rule may take its statistics from; the loop adds guidance where it is on."""
 
-PROJECTIONS = ("norm1", "qk", "v", "qk_bias", "v_bias")
+PROJECTIONS = ("norm1", "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
 """Weights that a layer's first stage uses; its second stage has the others."""
 
 LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking")
@@ -76,6 +76,8 @@ def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
     if shape.qkv_bias:
         weights.append(TensorSpec("qk_bias", "compute", (shape.query_width + kv,)))
         weights.append(TensorSpec("v_bias", "compute", (kv,)))
+    if shape.qk_norm:
+        weights += [TensorSpec(name, "compute", (shape.head_dim,)) for name in ("q_norm", "k_norm")]
     return tuple(weights)
 
 
@@ -252,7 +254,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                 TensorSpec("budget", "int64", (1,)),
                 *context,
             ),
-            tuple(weight for weight in layer if weight.name in ("norm1", "qk", "qk_bias")),
+            tuple(weight for weight in layer if weight.name in ("norm1", "qk", "qk_bias", "q_norm")),
             (
                 rows("key_out", "Q", kv),
                 rows("value_out", "Q", kv),

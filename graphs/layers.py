@@ -56,9 +56,13 @@ def project_query_key(
     if "qk_bias" in weights:
         both = ops.add(both, weights["qk_bias"])
     query, key = ops.split(both, (shape.query_width, shape.key_width))
-    query = rotate(ops, shape, ops.split_heads(query, shape.heads, shape.head_dim), cos, sin)
-    key = rotate(ops, shape, ops.split_heads(key, shape.kv_heads, shape.head_dim), cos, sin)
-    return query, ops.merge_heads(key)
+    query = ops.split_heads(query, shape.heads, shape.head_dim)
+    key = ops.split_heads(key, shape.kv_heads, shape.head_dim)
+    if "q_norm" in weights:
+        query = normalize(ops, query, weights["q_norm"], shape.norm_eps)
+    if "k_norm" in weights:
+        key = normalize(ops, key, weights["k_norm"], shape.norm_eps)
+    return rotate(ops, shape, query, cos, sin), ops.merge_heads(rotate(ops, shape, key, cos, sin))
 
 
 def finish_rows(

@@ -32,6 +32,8 @@ class ModelShape:
     rope_float32: bool = True
     """Rotate q and k in float32 and cast back (LLaDA); otherwise in the compute type."""
     qkv_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of every query and key head before RoPE; one weight of head_dim for all query heads and one for all keys."""
     tied_head: bool = False
     embedding_scale: float = 1.0
     logits_scale: float = 1.0

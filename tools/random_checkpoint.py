@@ -1,8 +1,9 @@
-"""A LLaDA checkpoint with seeded random weights in the published layout, for tests and benchmarks."""
+"""A checkpoint of any family with seeded random weights in the published layout, for tests and benchmarks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_export.graphs import ModelShape
+from dllm_export.graphs.families import TensorNames, huggingface, layer_slots, llada
+from dllm_export.tools.huggingface_config import huggingface_config
 from dllm_export.tools.llada_config import llada_config
 
 GAIN = 1.5
@@ -18,22 +21,56 @@ errors."""
 
 
 def write_random_checkpoint(
-    directory: Path, shape: ModelShape, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    directory: Path,
+    shape: ModelShape,
+    *,
+    family: str = "llada",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    shards: int = 1,
 ) -> Path:
-    """Write config.json and model.safetensors and return the directory; `device` draws the numbers, each its own.
+    """Write config.json and the weights and return the directory; `device` draws the numbers, each its own.
 
     The mask is the last token of the vocabulary; the one before it ends a text and pads.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = random_tensors(shape, torch.Generator(device).manual_seed(seed))
-    tensors = {name: tensor.to("cpu", dtype) for name, tensor in drawn.items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = llada_config(shape, mask=shape.vocab - 1, end=shape.vocab - 2)
+    drawn = random_tensors(shape, torch.Generator(device).manual_seed(seed), family)
+    write_shards(directory, {name: tensor.to("cpu", dtype) for name, tensor in drawn.items()}, shards)
+    config = checkpoint_config(family, shape, mask=shape.vocab - 1, end=shape.vocab - 2)
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return directory
 
 
-def random_tensors(shape: ModelShape, generator: torch.Generator) -> dict[str, Tensor]:
+def checkpoint_config(family: str, shape: ModelShape, *, mask: int, end: int) -> dict[str, object]:
+    """config.json of a family with the sizes and flags of this shape."""
+    if family == "llada":
+        return llada_config(shape, mask=mask, end=end)
+    return huggingface_config(family, shape, mask=mask, end=end)
+
+
+def write_shards(directory: Path, tensors: Mapping[str, Tensor], count: int) -> None:
+    """model.safetensors, or so many shards of it with their index."""
+    names, metadata = sorted(tensors), {"format": "pt"}
+    if count == 1:
+        save_file({name: tensors[name] for name in tensors}, directory / "model.safetensors", metadata=metadata)
+        return
+    files = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    for number, file in enumerate(files):
+        save_file({name: tensors[name] for name in names[number::count]}, directory / file, metadata=metadata)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: files[place % count] for place, name in enumerate(names)},
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def tensor_names(family: str) -> TensorNames:
+    """What the family's checkpoints call their tensors."""
+    return llada.tensor_names(1) if family == "llada" else huggingface.NAMES
+
+
+def random_tensors(shape: ModelShape, generator: torch.Generator, family: str = "llada") -> dict[str, Tensor]:
     """Every tensor by its published name; matrices are [out, in], norms lie around 1."""
 
     def matrix(outputs: int, inputs: int) -> Tensor:
@@ -42,26 +79,23 @@ def random_tensors(shape: ModelShape, generator: torch.Generator) -> dict[str, T
     def vector(size: int, centre: float) -> Tensor:
         return centre + 0.1 * torch.randn(size, generator=generator, device=generator.device)
 
+    def draw(slot: str) -> Tensor:
+        outputs, inputs = sizes[slot]
+        return matrix(outputs, inputs) if inputs else vector(outputs, 0.0 if slot.endswith("bias") else 1.0)
+
     d, query, kv, mlp = shape.hidden, shape.query_width, shape.key_width, shape.mlp
+    sizes = {
+        "norm1": (d, 0), "q": (query, d), "k": (kv, d), "v": (kv, d), "out": (d, query), "norm2": (d, 0),
+        "gate": (mlp, d), "up": (mlp, d), "down": (d, mlp), "q_bias": (query, 0), "k_bias": (kv, 0), "v_bias": (kv, 0),
+        "q_norm": (shape.head_dim, 0), "k_norm": (shape.head_dim, 0),
+    }  # fmt: skip
+    names = tensor_names(family)
     tensors = {
-        "wte.weight": torch.randn(shape.vocab, d, generator=generator, device=generator.device),
-        "ln_f.weight": vector(d, 1.0),
+        names.embedding: torch.randn(shape.vocab, d, generator=generator, device=generator.device),
+        names.norm: vector(d, 1.0),
     }
     if not shape.tied_head:
-        tensors["ff_out.weight"] = matrix(shape.vocab, d)
+        tensors[names.head] = matrix(shape.vocab, d)
     for layer in range(shape.layers):
-        block = {
-            "attn_norm.weight": vector(d, 1.0),
-            "q_proj.weight": matrix(query, d),
-            "k_proj.weight": matrix(kv, d),
-            "v_proj.weight": matrix(kv, d),
-            "attn_out.weight": matrix(d, query),
-            "ff_norm.weight": vector(d, 1.0),
-            "ff_proj.weight": matrix(mlp, d),
-            "up_proj.weight": matrix(mlp, d),
-            "ff_out.weight": matrix(d, mlp),
-        }
-        if shape.qkv_bias:
-            block |= {f"{name}_proj.bias": vector(size, 0.0) for name, size in (("q", query), ("k", kv), ("v", kv))}
-        tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
-    return {f"model.transformer.{name}": tensor for name, tensor in tensors.items()}
+        tensors |= {names.in_layer(slot, layer): draw(slot) for slot in layer_slots(shape)}
+    return tensors

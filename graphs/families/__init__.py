@@ -1,44 +1,56 @@
-"""Model families by name. A family is an adapter: config keys, tensor names, special ids, sampler defaults."""
+"""Model families by name. A family is an adapter: how it is recognised, its keys and tensor names, special ids, defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dllm_export.errors import CheckpointError
+from dllm_export.graphs.families.detection import find_family
 from dllm_export.graphs.families.family import (
     BIAS_SLOTS,
     LAYER_SLOTS,
+    QK_NORM_SLOTS,
     Family,
+    KnownFamily,
+    Marks,
     ModelConfig,
     Remasking,
     SamplerDefaults,
+    Source,
     SpecialTokens,
     TensorNames,
+    layer_slots,
 )
+from dllm_export.graphs.families.illada import ILLADA
+from dllm_export.graphs.families.known import KNOWN
 from dllm_export.graphs.families.llada import LLADA
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA,)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA)}
+"""Families that can be exported."""
+
+KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in KNOWN}
+"""Families that are recognised and refused."""
 
 
-def detect_family(raw: Mapping[str, object]) -> Family:
-    """The family of a config.json, or an error that lists the supported ones."""
-    for family in FAMILIES.values():
-        if family.detect(raw):
-            return family
-    evidence = ", ".join(f"{key} {raw.get(key)!r}" for key in ("architectures", "model_type"))
-    known = "; ".join(f"{family.name} ({family.title})" for family in FAMILIES.values())
-    raise CheckpointError(f"config.json describes no supported family: {evidence}. Supported: {known}")
+def detect_family(source: Source, name: str | None = None) -> Family:
+    """The family of this name, or without one the checkpoint's own; an error if it is none that can be exported."""
+    return find_family(FAMILIES, KNOWN_FAMILIES, source, name)
 
 
 __all__ = [
     "BIAS_SLOTS",
     "FAMILIES",
+    "KNOWN_FAMILIES",
     "LAYER_SLOTS",
+    "QK_NORM_SLOTS",
     "Family",
+    "KnownFamily",
+    "Marks",
     "ModelConfig",
     "Remasking",
     "SamplerDefaults",
+    "Source",
     "SpecialTokens",
     "TensorNames",
     "detect_family",
+    "layer_slots",
 ]

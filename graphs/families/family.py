@@ -1,4 +1,4 @@
-"""What a model family is: a way to read its config.json, and the names of its tensors. Data, not layers."""
+"""What a model family is: how it is recognised and read, and the names of its tensors. Data, not layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,47 @@ Remasking = Literal["low_confidence", "random", "margin", "entropy"]
 
 LAYER_SLOTS = ("norm1", "q", "k", "v", "out", "norm2", "gate", "up", "down")
 BIAS_SLOTS = ("q_bias", "k_bias", "v_bias")
+QK_NORM_SLOTS = ("q_norm", "k_norm")
+
+
+def layer_slots(shape: ModelShape) -> tuple[str, ...]:
+    """Every tensor of a layer of this shape, by canonical slot."""
+    biases, norms = BIAS_SLOTS if shape.qkv_bias else (), QK_NORM_SLOTS if shape.qk_norm else ()
+    return (*LAYER_SLOTS, *biases, *norms)
+
+
+def find_no_token(kind: str, texts: tuple[str, ...]) -> int | None:
+    """The answer of a checkpoint without tokenizer files."""
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What the files of a checkpoint say before a weight is read: all that a family is recognised and read by."""
+
+    config: Mapping[str, object]
+    """config.json."""
+    tensors: frozenset[str] = frozenset()
+    """Names of the stored tensors. They, and not the configuration, say which optional weights a layer has."""
+    mask_id: int | None = None
+    """Mask id given by the user."""
+    find_token: Callable[[str, tuple[str, ...]], int | None] = find_no_token
+    """(mask, eos or pad; texts) -> the token that the tokenizer files call so, or the first of the texts that they have."""
+
+    @property
+    def architecture(self) -> str:
+        """architectures[0], or nothing."""
+        architectures = self.config.get("architectures")
+        return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+    @property
+    def model_type(self) -> str:
+        """model_type, or nothing."""
+        return str(self.config.get("model_type") or "")
+
+    def has(self, ending: str) -> bool:
+        """Whether a tensor's name ends so."""
+        return any(name.endswith(ending) for name in self.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +110,41 @@ class ModelConfig:
     """Values that came from the family's table because the checkpoint does not state them, as sentences."""
 
 
+def confirm_always(source: Source) -> bool:
+    """For architectures and model types that no other family has."""
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """How a checkpoint shows its family. The architecture counts before the model type."""
+
+    architectures: tuple[str, ...] = ()
+    """Patterns of architectures[0]; the first one is a name in full."""
+    model_types: tuple[str, ...] = ()
+    confirm: Callable[[Source], bool] = confirm_always
+    """Tells apart families that share an architecture or a model type."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One line of checkpoints."""
 
     name: str
     title: str
-    detect: Callable[[Mapping[str, object]], bool]
-    read_config: Callable[[Mapping[str, object], int | None], ModelConfig]
-    """(config.json, mask id given by the user or None) -> ModelConfig."""
+    marks: Marks
+    read_config: Callable[[Source], ModelConfig]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownFamily:
+    """A line of checkpoints that is recognised and refused, with the reason."""
+
+    name: str
+    title: str
+    marks: Marks
+    reason: str
+    """What an export would need, as the end of a sentence."""
 
 
 V = TypeVar("V", int, float, bool, str)
@@ -87,7 +154,7 @@ SIZE_LIMIT = 10_000_000
 LAYER_LIMIT = 10_000
 
 
-def read_size(raw: Mapping[str, object], key: str, default: int, most: int = SIZE_LIMIT) -> int:
+def read_size(raw: Mapping[str, object], key: str, default: int | None = None, most: int = SIZE_LIMIT) -> int:
     """raw[key] as a number from 1 to `most`, so that a damaged file cannot ask for all memory."""
     value = read(raw, key, int, default)
     if not 1 <= value <= most:

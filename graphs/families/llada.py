@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.family import (
     LAYER_LIMIT,
     Family,
+    Marks,
     ModelConfig,
     SamplerDefaults,
-    SpecialTokens,
+    Source,
     TensorNames,
     read,
     read_size,
 )
+from dllm_export.graphs.families.special_tokens import ReleasedTokens, read_tokens
 from dllm_export.graphs.shape import ModelShape
 
-MASK, EOS = 126336, 126081
-RELEASED_VOCABULARY = 126464
+RELEASED = ReleasedTokens(title="LLaDA", vocab=126464, mask=126336, eos=126081, pad=126081)
 
 UNSUPPORTED = (
     ("alibi", True, "alibi positions"),
@@ -34,16 +33,14 @@ REQUIRED = (
 )
 
 
-def detect(raw: Mapping[str, object]) -> bool:
-    """Architecture first; `model_type` llada alone is shared with LLaDA-MoE, which has num_experts."""
-    architectures = raw.get("architectures") or []
-    if isinstance(architectures, list) and architectures:
-        return bool(architectures[0] == "LLaDAModelLM")
-    return raw.get("model_type") == "llada" and "d_model" in raw and "num_experts" not in raw
+def confirm(source: Source) -> bool:
+    """`model_type` llada alone is shared with LLaDA-MoE, which has num_experts."""
+    return bool(source.architecture) or ("d_model" in source.config and "num_experts" not in source.config)
 
 
-def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
+def read_config(source: Source) -> ModelConfig:
     """config.json -> ModelConfig, with the class defaults of the published configuration for missing keys."""
+    raw = source.config
     for key, value, what in UNSUPPORTED:
         if raw.get(key) == value:
             raise CheckpointError(
@@ -82,7 +79,7 @@ def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
         embedding_scale=width**0.5 if raw.get("input_emb_norm") else 1.0,
         logits_scale=width**-0.5 if raw.get("scale_logits") else 1.0,
     )
-    tokens, assumed = read_tokens(raw, vocab, mask_id)
+    tokens, assumed = read_tokens(source, vocab, RELEASED)
     return ModelConfig(
         family="llada",
         shape=shape,
@@ -92,31 +89,6 @@ def read_config(raw: Mapping[str, object], mask_id: int | None) -> ModelConfig:
         end_of_turn="<|eot_id|>",
         assumed=assumed,
     )
-
-
-def read_tokens(raw: Mapping[str, object], vocab: int, mask_id: int | None) -> tuple[SpecialTokens, tuple[str, ...]]:
-    """Special ids: config first; the released ids only for the released vocabulary, and then it is said."""
-    assumed = []
-    stated = raw.get("mask_token_id")
-    if mask_id is not None and stated is not None and mask_id != stated:
-        raise CheckpointError(f"--mask-id {mask_id} contradicts config.json's mask_token_id {stated}; drop one of them")
-    ids: dict[str, int] = {}
-    for key, given, table in (("mask", mask_id, MASK), ("eos", None, EOS), ("pad", None, EOS)):
-        if given is None and raw.get(f"{key}_token_id") is None:
-            if vocab != RELEASED_VOCABULARY:
-                remedy = "pass --mask-id" if key == "mask" else "add it to config.json"
-                raise CheckpointError(f"config.json has no {key}_token_id and the vocabulary is not LLaDA's; {remedy}")
-            given = table
-            assumed.append(f"{key}_token_id {table}: not in config.json, taken from the released LLaDA")
-        ids[key] = given if given is not None else read(raw, f"{key}_token_id", int)
-        if not 0 <= ids[key] < vocab:
-            raise CheckpointError(f"{key} token id {ids[key]} is outside the embedding table of {vocab} rows")
-    for key in ("eos", "pad"):
-        if ids[key] == ids["mask"]:
-            raise CheckpointError(
-                f"config.json: mask and {key} are both token {ids['mask']}; the mask needs an id of its own"
-            )
-    return SpecialTokens(**ids), tuple(assumed)
 
 
 def tensor_names(group_size: int) -> TensorNames:
@@ -147,4 +119,9 @@ def tensor_names(group_size: int) -> TensorNames:
     )
 
 
-LLADA = Family(name="llada", title="LLaDA-8B Base/Instruct, LLaDA-1.5", detect=detect, read_config=read_config)
+LLADA = Family(
+    name="llada",
+    title="LLaDA-8B Base/Instruct, LLaDA-1.5",
+    marks=Marks(architectures=("LLaDAModelLM",), model_types=("llada",), confirm=confirm),
+    read_config=read_config,
+)

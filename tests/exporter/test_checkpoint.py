@@ -17,7 +17,7 @@ from dllm_export.errors import CheckpointError, DllmExportError, IntegrityError
 from dllm_export.exporter.checkpoint import expected_tensors, open_checkpoint
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
-from dllm_export.graphs.families import FAMILIES
+from dllm_export.graphs.families import FAMILIES, Source
 from dllm_export.runtime.bundle import Bundle
 
 WriteCheckpoint = Callable[..., Path]
@@ -135,7 +135,7 @@ def test_the_released_8b_model_has_291_tensors() -> None:
         "embedding_size": 126464, "layer_norm_type": "rms", "max_sequence_length": 4096, "mlp_hidden_size": 12288,
         "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "rope": True, "vocab_size": 126464, "weight_tying": False,
     }  # fmt: skip
-    expected = expected_tensors(FAMILIES["llada"].read_config(raw, None))
+    expected = expected_tensors(FAMILIES["llada"].read_config(Source(config=raw)))
     assert len(expected) == 291
     assert sum(math.prod(shape) for shape in expected.values()) == 8_015_581_184
     assert expected["model.transformer.wte.weight"] == expected[HEAD] == (126464, 4096)
@@ -152,7 +152,7 @@ def test_grouped_heads_biases_and_tying_change_the_expected_tensors() -> None:
         "n_layers": 2, "rope": True, "mask_token_id": 99, "eos_token_id": 98, "pad_token_id": 98,
         "include_qkv_bias": True,
     }  # fmt: skip
-    expected = expected_tensors(FAMILIES["llada"].read_config(raw, None))
+    expected = expected_tensors(FAMILIES["llada"].read_config(Source(config=raw)))
     assert HEAD not in expected  # weight_tying is true unless the file says otherwise
     assert len(expected) == 2 * (9 + 3) + 2
     assert expected["model.transformer.blocks.1.k_proj.weight"] == (32, 64)

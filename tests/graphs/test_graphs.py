@@ -42,6 +42,7 @@ SHAPES = {
     "mqa": replace(PLAIN, kv_heads=1),
     "bias": replace(PLAIN, qkv_bias=True),
     "tied": replace(PLAIN, tied_head=True),
+    "query and key norms": replace(PLAIN, kv_heads=2, head_dim=12, qk_norm=True, rope_float32=False),
     "rope in the compute type": replace(PLAIN, rope_float32=False),
     "scaled": replace(PLAIN, embedding_scale=3.0, logits_scale=0.25),
     "wide vocabulary": replace(PLAIN, vocab=5000),
@@ -201,7 +202,8 @@ def check_sums(model: ModelProto, scope: str) -> None:
 def test_signatures_are_those_that_bundles_were_written_with(tmp_path: Path) -> None:
     """A bundle of today must open tomorrow: names, types and dims change only together with the format number."""
     current = {
-        name: {graph: signatures(build(SHAPES[name], graph)) for graph in GRAPHS} for name in ("plain", "bias", "tied")
+        name: {graph: signatures(build(SHAPES[name], graph)) for graph in GRAPHS}
+        for name in ("plain", "bias", "tied", "query and key norms")
     }
     text = json.dumps(current, indent=1) + "\n"
     (tmp_path / "graphs.json").write_text(text)

@@ -24,13 +24,14 @@ SHAPE = ModelShape(
     hidden=32,
     heads=4,
     kv_heads=2,
-    head_dim=8,
+    head_dim=12,
     mlp=48,
     vocab=71,
     max_length=64,
     norm_eps=1e-5,
     rope_theta=1e4,
     qkv_bias=True,
+    qk_norm=True,
     indicator_rank=6,
 )
 BATCH, LENGTH, ALIVE = 2, 12, 7
@@ -208,6 +209,7 @@ def relevance_of(shape: ModelShape, feeds: Feeds, sequence: int) -> Array:
         queries = (inner @ feeds["qk"] + feeds["qk_bias"])[: shape.query_width].reshape(shape.heads, shape.head_dim)
         cos, sin = feeds["cos"][sequence, row], feeds["sin"][sequence, row]
         for head, query in enumerate(queries):
+            query = query / np.sqrt((query * query).mean() + shape.norm_eps) * feeds["q_norm"]
             low, high = query[:half], query[half:]
             turned = np.concatenate((low * cos - high * sin, high * cos + low * sin))
             group = head // (shape.heads // shape.kv_heads)

@@ -21,13 +21,14 @@ PLAIN = ModelShape(
     hidden=32,
     heads=4,
     kv_heads=2,
-    head_dim=8,
+    head_dim=12,
     mlp=48,
     vocab=97,
     max_length=64,
     norm_eps=1e-5,
     rope_theta=1e4,
     qkv_bias=True,
+    qk_norm=True,
     indicator_rank=5,
 )
 STAGED = {name: spec for name, spec in graph_specs(PLAIN).items() if spec.stages}
