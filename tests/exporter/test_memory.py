@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from dllm_export.exporter.checkpoint import expected_tensors
 from dllm_export.graphs import ModelShape
-from dllm_export.graphs.families import FAMILIES
+from dllm_export.graphs.families import FAMILIES, Source
 from dllm_export.tools.llada_config import llada_config
 
 SHAPE = ModelShape(
@@ -58,7 +58,7 @@ def write_large_checkpoint(path: Path, shape: ModelShape) -> int:
     path.mkdir()
     raw = llada_config(shape, mask=shape.vocab - 1, end=shape.vocab - 2)
     (path / "config.json").write_text(json.dumps(raw))
-    expected = expected_tensors(FAMILIES["llada"].read_config(raw, None))
+    expected = expected_tensors(FAMILIES["llada"].read_config(Source(config=raw)))
     numbers = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     total = sum(torch.Size(dims).numel() for dims in expected.values())
     shards: list[dict[str, torch.Size]] = [{}]
