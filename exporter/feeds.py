@@ -28,7 +28,7 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
     cos, sin = rotary_tables(shape, np.maximum(columns - padding, 0))
     alive = np.tile(np.arange(PROMPT, LENGTH, dtype=np.int32), (BATCH, 1))
     whole = graph in ("layer_full", "layer_compact")
-    placed = any(tensor.name == "fresh" for tensor in spec.inputs)
+    placed = any(tensor.name in ("fresh", "shown") for tensor in spec.inputs)
     rows = LENGTH if whole else RESPONSE
     # Copies take rows of any sequence, counted through all, here into one.
     places = (1, BATCH * RESPONSE) if graph.startswith("copy_") else (BATCH, RESPONSE)
@@ -43,6 +43,8 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         # Where a layer keeps rows by their score it keeps all, so that near-equal scores of half types do not count.
         "budget": np.array([LENGTH if graph == "layer_compact" else BUDGET], np.int64),
         "kept": columns < LENGTH - padding,
+        "shown": np.arange(RESPONSE) >= padding,
+        "token": rng.integers(0, shape.vocab, (BATCH, BUDGET)).astype(np.int32),
         "forced": rng.random((BATCH, rows)) < 0.1,
         "bias": np.zeros(shape.vocab),
         "cfg_scale": np.array([1.5]),

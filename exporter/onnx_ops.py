@@ -137,6 +137,10 @@ class OnnxOps:
     def matches(self, left: Value, right: Value) -> Value:
         return self._binary("Equal", left, right, TensorProto.BOOL)
 
+    def differs(self, left: Value, right: Value) -> Value:
+        equal = self.matches(left, right)
+        return self._node("Not", (equal,), TensorProto.BOOL, equal.dims)
+
     def fill(self, like: Value, value: float) -> Value:
         return self._scalar(like.type, value)
 
@@ -214,6 +218,10 @@ class OnnxOps:
     def concat(self, pieces: tuple[Value, ...]) -> Value:
         width = sum(int(piece.dims[-1]) for piece in pieces)
         return self._node("Concat", pieces, pieces[0].type, (*pieces[0].dims[:-1], width), axis=len(pieces[0].dims) - 1)
+
+    def join_rows(self, first: Value, second: Value) -> Value:
+        dims = (first.dims[0], f"{first.dims[1]}+{second.dims[1]}", *first.dims[2:])
+        return self._node("Concat", (first, second), first.type, dims, axis=1)
 
     def split_heads(self, x: Value, heads: int, width: int) -> Value:
         return self._reshape(x, (0, 0, heads, width), (*x.dims[:-1], heads, width))

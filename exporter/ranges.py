@@ -8,7 +8,7 @@ from dllm_export.errors import UsageError
 from dllm_export.exporter.build_options import BuildOptions, parse_sizes
 from dllm_export.graphs import GraphSpec
 from dllm_export.runtime.tensorrt.library import Flavour
-from dllm_export.runtime.tensorrt.profiles import Range
+from dllm_export.runtime.tensorrt.profiles import BLOCK_GRAPHS, Range
 
 VALUE_INPUT = "budget"
 """The one input that TensorRT reads before it runs: a range gives its value, not its shape."""
@@ -64,7 +64,7 @@ def dim_ranges(spec: GraphSpec, model_length: int, options: BuildOptions) -> dic
         "S": whole,
         "N": whole,
         "X": some,
-        "Q": (1, min(64, rows), rows if spec.name.startswith("head") else length),
+        "Q": (1, min(64, rows), rows if spec.name.startswith(BLOCK_GRAPHS) else length),
     }
     dims = {dim for tensor in spec.inputs for dim in tensor.dims if isinstance(dim, str)}
     has_value = any(tensor.name == VALUE_INPUT for tensor in spec.inputs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from dllm_export.graphs import heads, picking, steps
+from dllm_export.graphs import heads, picking, shadows, steps
 from dllm_export.graphs.compaction import layer_compact
 from dllm_export.graphs.shape import ModelShape
 
@@ -125,6 +125,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     cache = (rows("key", "S", kv), rows("value", "S", kv))
     cache_out = (rows("key_out", "S", kv), rows("value_out", "S", kv))
     proxy = TensorSpec("proxy", "compute", (d, rank))
+    shown = TensorSpec("shown", "bool", ("B", "Q"))
 
     def pick(
         name: str,
@@ -240,6 +241,37 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                 ),
             ),
         ),
+        GraphSpec(
+            "layer_shadow",
+            (rows("hidden", "Q", d), positions("index", "Q"), shown, *cache, *context),
+            layer,
+            (rows("hidden_out", "Q", d),),
+            shadows.layer_shadow,
+            stages=(
+                GraphSpec(
+                    "layer_shadow.project",
+                    (rows("hidden", "Q", d), positions("index", "Q"), *rotary),
+                    projections,
+                    (query("query_out"), *(rows(f"own_{name}_out", "Q", kv) for name in ("key", "value"))),
+                    shadows.project_shadow,
+                ),
+                GraphSpec(
+                    "layer_shadow.finish",
+                    (
+                        rows("hidden", "Q", d),
+                        query("query"),
+                        *(rows(f"own_{name}", "Q", kv) for name in ("key", "value")),
+                        positions("index", "Q"),
+                        shown,
+                        *cache,
+                        mask,
+                    ),
+                    others,
+                    (rows("hidden_out", "Q", d),),
+                    shadows.finish_shadow,
+                ),
+            ),
+        ),
         pick("layer_adaptive", steps.layer_adaptive, steps.project_adaptive),
         pick("layer_tracking", steps.layer_tracking, steps.project_tracking, reference=(rows("seen", "X", d),)),
         *(indicated if rank else ()),
@@ -324,6 +356,13 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
             classifier,
             (*statistics, every_token("credit_out")),
             partial(heads.head_credited, top=top),
+        ),
+        GraphSpec(
+            "head_given",
+            (*candidates, positions("token", "Q")),
+            classifier,
+            (per_row("probability"),),
+            heads.head_given,
         ),
     )
     return {graph.name: graph for graph in graphs}

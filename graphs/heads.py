@@ -83,6 +83,17 @@ def head_credited(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: in
         return {**_statistics(ops, fused, _softmax(ops, fused), top), "credit_out": credit}
 
 
+def head_given(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """Candidate rows to the probability of a given `token` in each, by the softmax that `head` takes confidence from."""
+    product = _classify(ops, shape, t)
+    with ops.scope("statistics"):
+        softmax = _softmax(ops, _logits(ops, shape, product, t))
+        tokens = ops.positions(ops.unsqueeze(t["bias"], 0))
+        given = ops.matches(ops.unsqueeze(t["token"], 2), tokens)
+        weight = ops.sum(ops.where(given, softmax.weights, ops.fill(softmax.weights, 0.0)), keep=False)
+        return {"probability": ops.div(weight, softmax.total)}
+
+
 def _classify(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> T:
     """Candidate rows after the last norm, with the guidance residual where there is one, times the head [B, Q, V]."""
     rows = normalize(ops, ops.take_rows(t["hidden"], t["index"]), t["norm"], shape.norm_eps)

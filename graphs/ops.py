@@ -48,6 +48,10 @@ class Ops(Protocol[T]):
         """Elementwise equality of two int32 tensors, with broadcasting."""
         ...
 
+    def differs(self, left: T, right: T) -> T:
+        """The opposite of `matches`."""
+        ...
+
     def fill(self, like: T, value: float) -> T:
         """A scalar of `like`'s type, to broadcast."""
         ...
@@ -93,6 +97,10 @@ class Ops(Protocol[T]):
 
     def concat(self, pieces: tuple[T, ...]) -> T:
         """Pieces joined along the last axis."""
+        ...
+
+    def join_rows(self, first: T, second: T) -> T:
+        """first [B, N, ...], second [B, M, ...] -> [B, N + M, ...]."""
         ...
 
     def split_heads(self, x: T, heads: int, width: int) -> T:

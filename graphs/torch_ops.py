@@ -56,6 +56,9 @@ class TorchOps:
     def matches(self, left: Tensor, right: Tensor) -> Tensor:
         return left == right
 
+    def differs(self, left: Tensor, right: Tensor) -> Tensor:
+        return left != right
+
     def fill(self, like: Tensor, value: float) -> Tensor:
         return torch.full((), value, dtype=like.dtype, device=like.device)
 
@@ -105,6 +108,9 @@ class TorchOps:
 
     def concat(self, pieces: tuple[Tensor, ...]) -> Tensor:
         return torch.cat(pieces, dim=-1)
+
+    def join_rows(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat((first, second), dim=1)
 
     def split_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
         return x.view(*x.shape[:-1], heads, width)

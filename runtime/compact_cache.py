@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_export.errors import StrategyError
 from dllm_export.graphs import ModelShape, TensorType
 from dllm_export.runtime.buffers import Buffers, RequestShape
 from dllm_export.runtime.policies.policy import Compaction
@@ -95,7 +96,21 @@ class CompactCache:
 
     def tensors(self, compaction: Compaction, layer: int) -> dict[str, Buffer]:
         """What `layer_partial` takes and gives where it runs against the compacted cache."""
-        names = ("index", "slot", "fresh", "cos", "sin", "mask")
+        placed = {name: self._layout[name] for name in ("index", "slot", "fresh")}
+        return {**self.attended(compaction, layer), **placed, **self._written(compaction, layer)}
+
+    def attended(self, compaction: Compaction, layer: int) -> dict[str, Buffer]:
+        """`key`, `value`, `cos`, `sin` and `mask` of what was written last."""
         cached = {name: self._features(compaction, name, layer, self.half) for name in ("key", "value")}
-        placed = {name: self._layout[name] for name in names}
-        return {**cached, **placed, **self._written(compaction, layer)}
+        return {**cached, **{name: self._layout[name] for name in ("cos", "sin", "mask")}}
+
+    def places(self, compaction: Compaction, block: tuple[int, int]) -> NDArray[np.int32]:
+        """Columns [B, n] of a block's rows, which must all be among those that were compacted for."""
+        rows, wanted = compaction.rows.array(), np.arange(*block)
+        if not all(np.isin(wanted, row).all() for row in rows):
+            raise StrategyError(
+                f"this step runs against a compacted cache that does not hold all rows of its block, {block[0]} to "
+                f"{block[1] - 1}, which a decoding rule that verifies needs: use another --policy or --transfer"
+            )
+        found = np.stack([np.searchsorted(row, wanted) for row in rows])
+        return (compaction.count - compaction.rows.count + found).astype(np.int32)

@@ -20,6 +20,10 @@ from dllm_export.runtime.transfers.contract import choose_rows
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.transfer import Transfer, TransferState, best_first
 
+OVERFLOW = (
+    "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
+)
+
 
 class Decoder:
     """The canvas of one request, and what is decided on it step by step."""
@@ -73,10 +77,25 @@ class Decoder:
             upcoming[sequence, np.flatnonzero(masked[sequence])[best_first(order)[: quota[sequence]]]] = True
         return upcoming
 
-    def decide(self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Commit what the rule chooses among the block's masked rows; returns which rows became decided [B, R]."""
-        length = self._request.schedule.block_length
-        span = block * length, (block + 1) * length
+    def find_shadow(self, block: int) -> NDArray[np.bool_] | None:
+        """Which rows [B, n] of the block have a shadow that others see: all but given ones. None if the step needs no shadow.
+
+        It needs one where the rule verifies and some sequence still has masked rows in the block beside decided ones.
+        """
+        span = self._span(block)
+        open_rows = self.masked(span[1]).any(1)
+        decided = (len(self._decided(sequence, span)) > 0 for sequence in np.flatnonzero(open_rows).tolist())
+        return self._asked[:, slice(*span)] if self._transfer.verifies and any(decided) else None
+
+    def decide(
+        self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64], shadow: Buffer | None = None
+    ) -> NDArray[np.bool_]:
+        """Commit what the rule chooses among the block's masked rows; returns which rows became decided [B, R].
+
+        `shadow` [B, n, D] are the hidden rows of the block's shadow, where `find_shadow` asked for one.
+        """
+        span = self._span(block)
+        length = span[1] - span[0]
         masked = self.masked(span[1])
         committed = np.zeros(masked.shape, np.bool_)
         counts = masked.sum(1)
@@ -89,6 +108,7 @@ class Decoder:
         for sequence, places in enumerate(rows):
             index[sequence, : len(places)] = places
         candidates = self._evidence(hidden, index, span, block_step)
+        verified = self._verify(shadow, span) if self._transfer.verifies else None
         last = self._ranked_last
         ranked = self._candidates(hidden, index, self._banned | last) if last else candidates
         for sequence, places in enumerate(rows):
@@ -121,6 +141,7 @@ class Decoder:
                 similarity=_moved(candidates.similarity, sequence, len(places), first=block_step == 1),
                 decided=decided,
                 decided_confidence=self.confidence[sequence, decided],
+                verified=verified[sequence] if verified else None,
                 memory=self._memories[sequence],
             )
             committed[sequence] = self._commit(sequence, state, proposal)
@@ -139,6 +160,27 @@ class Decoder:
         committed = np.zeros(self.response.shape[1], np.bool_)
         committed[places] = True
         return committed
+
+    def _span(self, block: int) -> tuple[int, int]:
+        """First row of a block and the one after its last, among the response's."""
+        length = self._request.schedule.block_length
+        return block * length, (block + 1) * length
+
+    def _verify(self, shadow: Buffer | None, span: tuple[int, int]) -> list[NDArray[np.float64]]:
+        """For each sequence the probabilities [m] of its decided rows' tokens in their shadows."""
+        decided = [self._decided(sequence, span) for sequence in range(len(self.response))]
+        if shadow is None:
+            return [np.full(len(rows), np.nan) for rows in decided]
+        index = np.zeros((len(decided), bucket(max(map(len, decided)), span[1] - span[0])), np.int32)
+        tokens = np.zeros_like(index)
+        for sequence, rows in enumerate(decided):
+            index[sequence, : len(rows)] = rows - span[0]
+            tokens[sequence, : len(rows)] = self.response[sequence, rows]
+        self._clock.time(self._head.prepare_given(shadow, index, tokens, self._banned))
+        probability = self._clock.time(lambda: self._head.read_given(index.shape[1]))
+        if not np.isfinite(probability).all():
+            raise OverflowedError(OVERFLOW)
+        return [row[: len(rows)].astype(np.float64) for row, rows in zip(probability, decided, strict=True)]
 
     def _decided(self, sequence: int, span: tuple[int, int]) -> NDArray[np.int64]:
         """Rows of the block that were decided here; given text is none of them."""
@@ -180,9 +222,7 @@ def _moved(values: NDArray[np.float32] | None, sequence: int, count: int, *, fir
 
 def _check_finite(candidates: Candidates) -> Candidates:
     if not np.isfinite(candidates.logsumexp).all():
-        raise OverflowedError(
-            "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
-        )
+        raise OverflowedError(OVERFLOW)
     return candidates
 
 
@@ -212,6 +252,11 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
         raise UsageError(
             f"--confidence-eos-eot-inf does not go with --transfer {transfer.name}: its credit belongs to the distribution "
             f"with the end tokens, and there is none without them: leave it out"
+        )
+    if options.cfg_scale > 0 and transfer.verifies:
+        raise UsageError(
+            f"--cfg-scale does not go with --transfer {transfer.name}, which asks the conditional pass alone whether decided "
+            f"tokens still hold: leave it out"
         )
     if options.early_stop and transfer.remasks:
         raise UsageError(

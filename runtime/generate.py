@@ -23,7 +23,8 @@ from dllm_export.runtime.prefix_store import PrefixStore
 from dllm_export.runtime.request import Prefix, Request
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.schedule import commit_counts
-from dllm_export.runtime.session import Session
+from dllm_export.runtime.session import Buffer, Session
+from dllm_export.runtime.shadow import Shadow
 from dllm_export.runtime.sharing import Sharing
 from dllm_export.runtime.transfers import Quota, Transfer
 from dllm_export.runtime.trunk import Trunk
@@ -61,6 +62,7 @@ class Workspace:
         self.conditional = Trunk(session, shape, request)
         self.head = Head(session, shape, request)
         self._unconditional: Trunk | None = None
+        self._shadow: Shadow | None = None
         self._session, self._shape = session, shape
 
     @property
@@ -69,6 +71,13 @@ class Workspace:
         if self._unconditional is None:
             self._unconditional = Trunk(self._session, self._shape, self.request)
         return self._unconditional
+
+    @property
+    def shadow(self) -> Shadow:
+        """The shadow rows of decoding rules that verify."""
+        if self._shadow is None:
+            self._shadow = Shadow(self._session, self._shape, self.request)
+        return self._shadow
 
 
 @dataclass(slots=True)
@@ -174,7 +183,7 @@ class Denoiser:
         self._upcoming = self._decoder.foresee(block, quota)
         plan = self._forward(step, block)
         hidden, block_step = self.workspace.conditional.hidden, self._conditional.block_step
-        committed = self._decoder.decide(hidden, block, block_step, quota)
+        committed = self._decoder.decide(hidden, block, block_step, quota, self._run_shadow(plan, block))
         recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
         return Frame(
             step=step,
@@ -207,6 +216,20 @@ class Denoiser:
             self._clock.time(self.workspace.head.prepare_guidance(*hidden))
             self._residual = self._alive(plan) & self._alive(other)
         return plan
+
+    def _run_shadow(self, plan: StepPlan, block: int) -> Buffer | None:
+        """Hidden rows [B, n, D] of the block's shadow after the step of this plan, where the rule verifies some of its rows.
+
+        They are part of the step's pass and count as none of their own: nothing that was decided since is in them.
+        """
+        shown = self._decoder.find_shadow(block)
+        if shown is None:
+            return None
+        length = self.request.schedule.block_length
+        start = self.request.shape.prompt_rows + block * length
+        shadow, trunk = self.workspace.shadow, self.workspace.conditional
+        self._clock.time(shadow.prepare(trunk, plan, (start, start + length), shown, self.special.mask))
+        return shadow.hidden
 
     def _alive(self, plan: StepPlan) -> NDArray[np.bool_]:
         """Response rows [B, R] whose hidden rows mean something after a step of this plan."""

@@ -109,6 +109,24 @@ class Head:
         self._half = 1 - half
         return self._programs[key]
 
+    def prepare_given(
+        self, hidden: Buffer, index: NDArray[np.int32], tokens: NDArray[np.int32], banned: frozenset[int]
+    ) -> Program:
+        """The program that asks rows `index` [B, Q] of `hidden` [B, X, D] for the probabilities of `tokens` [B, Q]."""
+        count = index.shape[1]
+        self._output("index", count).write(index)
+        self._output("token", count).write(tokens)
+        key = ("head_given", id(hidden), count, banned)
+        if key not in self._programs:
+            named = {name: self._output(name, count) for name in ("index", "token", "probability")}
+            call = GraphCall("head_given", None, {"hidden": hidden, "bias": self._bias_buffer(banned), **named})
+            self._programs[key] = self._session.prepare([call])
+        return self._programs[key]
+
+    def read_given(self, count: int) -> NDArray[np.float32]:
+        """The probabilities [B, Q] of the last run of `prepare_given` with this many rows."""
+        return self._output("probability", count).read()
+
     def prepare_guidance(self, conditional: Buffer, unconditional: Buffer) -> Program:
         """The program that refreshes the guidance residual."""
         key = (id(conditional), id(unconditional), True, frozenset({-1}))

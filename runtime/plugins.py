@@ -44,7 +44,7 @@ TRANSFER_SEAM = Seam(
     group="dllm_export.transfers",
     method="choose",
     built_in=TRANSFERS,
-    flags=("keeps_schedule", "ranks", "remasks"),
+    flags=("keeps_schedule", "ranks", "remasks", "verifies"),
 )
 
 

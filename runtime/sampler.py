@@ -1,7 +1,7 @@
 """From head statistics to proposed tokens, on the host with seeded generators.
 
 Source: the LLaDA sampling loop (arXiv 2502.09992): propose a token per candidate row and say how sure it is. Which rows are
-then committed is the decoding rule's choice (runtime/transfers); committed tokens never change.
+then committed is the decoding rule's choice (runtime/transfers), and so is which of them are masked again.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ once and then only run, as long as they are among the last used.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,24 +18,20 @@ from dllm_export.runtime.buffers import Buffers, RequestShape, Segment
 from dllm_export.runtime.compact_cache import CompactCache
 from dllm_export.runtime.policies.policy import PICKING_GRAPHS, LayerPlan, Rows, StepPlan
 from dllm_export.runtime.prefix_port import PrefixPort
+from dllm_export.runtime.programs import ProgramStore
 from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
-
-ProgramKey = tuple[StepPlan, int, bool, tuple[int, ...], tuple[int, int]]
-PROGRAM_LIMIT = 64
-"""Prepared programs that are kept. A policy makes a few kinds of steps, twice each for the halves, unless it gives every
-layer a budget of its own: then hardly a step comes again, and what a program binds would pile up."""
 
 
 class Trunk:
     """Embedding and layers of one request: `prepare` gives a plan's program, `hidden` the response's rows after it ran."""
 
     def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
-        self._session, self._shape, self.request = session, shape, request
+        self._shape, self.request = shape, request
         self._buffers = Buffers(session, shape, request)
         self._compact = CompactCache(self._buffers, shape, request)
         self.port = PrefixPort(session, self._buffers, request)
         self._halves = (0,) * shape.layers
-        self._programs: OrderedDict[ProgramKey, tuple[Program, tuple[int, ...]]] = OrderedDict()
+        self._programs = ProgramStore(session)
         self._placed_rows: Rows | None = None
         self._forced_rows: tuple[Segment, Rows] | None = None
 
@@ -61,17 +56,12 @@ class Trunk:
         compact = (plan.compaction.count, self._compact.half) if plan.compaction else (0, 0)
         shared = replace(plan, rows=None, forced=None, compaction=None)
         key = (shared, rows, plan.forced is not None, self._halves, compact)
-        if key not in self._programs:
-            kept = plan.rows is not None and plan.compaction is not None
-            halves = tuple(
-                half if layer.graph == "layer_skip" or kept else 1 - half
-                for half, layer in zip(self._halves, plan.layers, strict=True)
-            )
-            if len(self._programs) == PROGRAM_LIMIT:
-                self._programs.popitem(last=False)
-            self._programs[key] = (self._session.prepare(list(self._calls(plan))), halves)
-        self._programs.move_to_end(key)
-        program, self._halves = self._programs[key]
+        program = self._programs.find(key, lambda: self._calls(plan))
+        kept = plan.rows is not None and plan.compaction is not None
+        self._halves = tuple(
+            half if layer.graph == "layer_skip" or kept else 1 - half
+            for half, layer in zip(self._halves, plan.layers, strict=True)
+        )
         if plan.compaction is not None:
             self._compact.half = 1 - self._compact.half
         return program
@@ -90,6 +80,18 @@ class Trunk:
         """Keys and values [B, S, G*d] of a layer after the last run."""
         half = self._halves[layer]
         return self._buffers.cache("key", layer, half), self._buffers.cache("value", layer, half)
+
+    def attended(self, plan: StepPlan, layer: int) -> dict[str, Buffer]:
+        """What the rows of this plan's step, just run, attended to in a layer: `key`, `value`, `cos`, `sin` and `mask`."""
+        if plan.rows is not None and plan.compaction is not None:
+            return self._compact.attended(plan.compaction, layer)
+        return {**dict(zip(("key", "value"), self.features(layer), strict=True)), **self._context()}
+
+    def places(self, plan: StepPlan, block: tuple[int, int]) -> NDArray[np.int32]:
+        """Columns [B, n] of a block's rows in what `attended` gives."""
+        if plan.rows is not None and plan.compaction is not None:
+            return self._compact.places(plan.compaction, block)
+        return np.tile(np.arange(*block, dtype=np.int32), (self.request.batch, 1))
 
     def recomputed(self, plan: StepPlan) -> NDArray[np.bool_]:
         """Which response rows [B, R] the last layer recomputed in the step of this plan, just run."""

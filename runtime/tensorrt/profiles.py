@@ -12,8 +12,16 @@ Range = tuple[int, int, int]
 
 Profile = Mapping[str, Range]
 
+BLOCK_GRAPHS = ("head", "layer_shadow")
+"""How graphs are called whose Q are rows of one block, so of the response."""
+
 FLAGS = dict.fromkeys("BC", "--max-batch") | dict.fromkeys("SNXQ", "--max-length")
-"""Dim -> the flag of `build` that widens it; the head's Q is --rows."""
+"""Dim -> the flag of `build` that widens it, but for the Q of a graph that runs on a block's rows."""
+
+
+def flag_of(graph: str, dim: str) -> str:
+    """The flag of `build` that widens a dim: heads and the shadow run on rows of one block, which --rows bounds."""
+    return "--rows" if dim == "Q" and graph.startswith(BLOCK_GRAPHS) else FLAGS[dim]
 
 
 def measure_sizes(spec: GraphSpec, dims: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -35,8 +43,7 @@ def choose_profile(graph: str, profiles: Sequence[Profile], sizes: Mapping[str, 
     widest = profiles[-1]
     dim = next(dim for dim, size in sizes.items() if dim in widest and not widest[dim][0] <= size <= widest[dim][2])
     least, _, most = widest[dim]
-    flag = "--rows" if dim == "Q" and graph.startswith("head") else FLAGS[dim]
-    remedy = f"build again with {flag} {sizes[dim]}, or make the request smaller"
+    remedy = f"build again with {flag_of(graph, dim)} {sizes[dim]}, or make the request smaller"
     if sizes[dim] < least:
         remedy = "make the request larger, or run it with --provider onnxruntime"
     raise UsageError(

@@ -14,6 +14,7 @@ from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.slow_fast import SlowFast
 from dllm_export.runtime.transfers.threshold import Threshold
 from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
+from dllm_export.runtime.transfers.wino import Wino
 
 ALL: tuple[type[Transfer], ...] = (
     Quota,
@@ -25,6 +26,7 @@ ALL: tuple[type[Transfer], ...] = (
     AdaptiveThreshold,
     Credit,
     SlowFast,
+    Wino,
 )
 TRANSFERS: Mapping[str, type[Transfer]] = {transfer.name: transfer for transfer in ALL}
 
@@ -42,4 +44,5 @@ __all__ = [
     "Threshold",
     "Transfer",
     "TransferState",
+    "Wino",
 ]

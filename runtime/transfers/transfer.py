@@ -38,6 +38,9 @@ class TransferState:
     """[n] KL(p || p of the step before) in nats, of `head_tracked`; nan in the first step of a block."""
     similarity: NDArray[np.float64] | None = None
     """[n] Cosine of p and p of the step before, of `head_tracked`; nan in the first step of a block."""
+    verified: NDArray[np.float64] | None = None
+    """[m] Probability that each decided row's token has in the row's shadow, which sees all but the row (docs/policies.md);
+    for rules that ask for it with `verifies`."""
     memory: Any = None
     """What the rule's last choice for this sequence wanted to see again; None at first."""
 
@@ -64,6 +67,8 @@ class Transfer(Protocol):
     """Whether the rule looks at `ranking`, so that `--remasking` means something."""
     remasks: ClassVar[bool] = False
     """Whether the rule may mask decided rows again."""
+    verifies: ClassVar[bool] = False
+    """Whether the rule looks at `verified`: a step with decided rows in its block then also runs the block's shadow."""
 
     head: ClassVar[HeadGraph] = "head"
     """Which head graph gives the statistics. One that keeps a state runs on every row of the block."""

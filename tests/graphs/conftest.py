@@ -59,7 +59,9 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
     length, alive = sizes["S"], sizes["X"]
     column = np.arange(length)
     cos, sin = rotary_tables(shape, np.maximum(column - PADDING, 0))
-    among = {"layer_partial": length, "gather": sizes["N"], "layer_indicator": sizes["N"]}.get(spec.name, alive)
+    among = {"layer_partial": length, "layer_shadow": length, "gather": sizes["N"], "layer_indicator": sizes["N"]}.get(
+        spec.name, alive
+    )
     index = draw_index(rng, sizes["Q"], among)
     if any(tensor.name == "budget" for tensor in spec.inputs):
         index = np.tile(np.arange(length - alive, length, dtype=np.int32), (SIZES["B"], 1))
@@ -80,6 +82,8 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "budget": np.array([sizes["Q"] if spec.name == "layer_compact" else 3]),
         "kept": np.arange(sizes["Q"]) < np.array([[sizes["Q"]], [alive + (sizes["Q"] - alive) // 2]]),
         "forced": rng.random((SIZES["B"], alive)) < 0.15,
+        "shown": rng.random((SIZES["B"], sizes["Q"])) < 0.7,
+        "token": rng.integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),
         "cfg_scale": np.array([1.5]),
         "distribution": np.log(rng.dirichlet(np.ones(shape.vocab), (SIZES["B"], sizes["Q"]))),
         "credit": rng.random((SIZES["B"], sizes["Q"], shape.vocab)) * 3,

@@ -77,7 +77,7 @@ OPERATORS = {
         "Sigmoid",
         "Slice",
     ),
-    *("Softmax", "Sqrt", "Sub", "TopK", "Transpose", "Unsqueeze", "Where"),
+    *("Not", "Softmax", "Sqrt", "Sub", "TopK", "Transpose", "Unsqueeze", "Where"),
 }
 """Operators that TensorRT 8.6 to 11, TensorRT for RTX and ONNX Runtime all run without a plugin or a slow fallback."""
 

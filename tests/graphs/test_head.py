@@ -180,6 +180,22 @@ def test_a_credited_head_gives_the_statistics_of_the_fused_logits(
     np.testing.assert_allclose(found["top_logits"][..., :-1], top[..., :-1], rtol=0, atol=tolerance * 10)
 
 
+@pytest.mark.parametrize("reading", ["float64", "onnxruntime"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "tied", "scaled"])
+def test_a_given_token_has_its_probability_also_where_it_is_unlikely_or_banned(
+    shape: ModelShape, reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(shape, "head_given", Q=6)
+    feeds["token"][0] = [3, 0, shape.vocab - 1, 7, 7, 20]
+    share = probabilities(logits_of(shape, feeds, feeds["hidden"]) + feeds["bias"])
+    expected = np.take_along_axis(share, feeds["token"][:, :, None].astype(np.int64), axis=2)[:, :, 0]
+    found = run_graph(reading, shape, "head_given", feeds)["probability"]
+    # float32: an error of the logits of a few 1e-6 is one of the probability's own size.
+    np.testing.assert_allclose(found, expected, rtol=0 if reading == "float64" else 1e-4, atol=EXACT)
+    assert feeds["bias"][3] < 0
+    assert found[0, 0] == 0
+
+
 @pytest.mark.parametrize("graph", ["head_tracked", "head_credited"])
 def test_a_head_with_a_state_has_the_statistics_of_the_guided_head(
     graph: str, draw_feeds: DrawFeeds, run_graph: RunGraph

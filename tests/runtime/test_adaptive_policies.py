@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dllm_export.runtime import trunk
+from dllm_export.runtime import programs
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.generate import Frame
 from dllm_export.runtime.model import DiffusionLM
@@ -442,7 +442,7 @@ def test_few_programs_are_kept_and_a_forgotten_one_is_prepared_again(
     lm, case, policy = open_model("onnxruntime"), Case(12, 24, 12), DYNAMIC["even the first layer"]
     (*_, expected) = stream(lm, case, policy)
     for limit in (1, 3):
-        monkeypatch.setattr(trunk, "PROGRAM_LIMIT", limit)
+        monkeypatch.setattr(programs, "PROGRAM_LIMIT", limit)
         fresh = DiffusionLM(lm.bundle, lm.session)
         (*_, last) = stream(fresh, case, policy)
         assert fresh._workspace is not None

@@ -32,6 +32,7 @@ from dllm_export.runtime.session import GraphCall, Program, SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
 from dllm_export.runtime.tensorrt.library import Flavour
 from dllm_export.runtime.tensorrt.profiles import FLAGS, Profile, choose_profile, measure_sizes
+from dllm_export.runtime.transfers import Wino
 
 NARROW: Profile = {"B": (1, 1, 4), "S": (1, 64, 100), "X": (1, 16, 16)}
 WIDE: Profile = {"B": (1, 1, 4), "S": (1, 64, 100), "X": (1, 16, 100)}
@@ -69,6 +70,7 @@ def test_the_narrowest_profile_that_holds_the_sizes_is_chosen(sizes: dict[str, i
         ("gather", {"N": (1, 8, 8)}, {"N": 9}, "N = 9 in .* takes 1 to 8: build again with --max-length 9"),
         ("layer_partial", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in .* takes 1 to 8: build again with --max-length 9"),
         ("head", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in graph 'head', .* takes 1 to 8: build again with --rows 9"),
+        ("layer_shadow", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in graph 'layer_shadow', .*: build again with --rows 9"),
         ("head_guided", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in graph 'head_guided', .*: build again with --rows 9"),
         ("head", {"X": (1, 8, 8), "Q": (1, 8, 8)}, {"X": 9, "Q": 8}, "X = 9 in .*: build again with --max-length 9"),
     ],
@@ -238,6 +240,25 @@ def test_every_call_of_a_request_of_the_largest_sizes_has_a_profile(
     assert {name for name in chosen if name.startswith("layer_")} == LAYERS_OF_POLICY[policy]
     assert chosen["embed"] == chosen["head_guided"] == chosen["guidance"] == {0}
     assert (largest["B"], largest["S"], largest["X"]) == (BATCH, PROMPT + RESPONSE, PROMPT + RESPONSE)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("policy", [NoCache(), SparseCache(keep_ratio=1.0)], ids=lambda policy: policy.name)
+def test_every_call_of_a_shadow_has_a_profile(policy: CachePolicy, flavour: Flavour, tiny_bundle: Bundle) -> None:
+    options = GenerationOptions(gen_length=RESPONSE, block_length=RESPONSE)
+    with Recorder(tiny_bundle) as session:
+        lm = DiffusionLM(tiny_bundle, session)
+        prompts = [[1] * PROMPT, [2] * 5, [3] * 9]
+        lm.run(lm.continuation(prompts, options), options, policy, Wino(accept_threshold=0.0, accept_share=0.3))
+        calls = [call for call in session.calls if call.graph in ("layer_shadow", "head_given")]
+    assert {call.graph for call in calls} == {"layer_shadow", "head_given"}
+    for call in calls:
+        spec = tiny_bundle.specs[call.graph]
+        for stage in (spec, *spec.stages):
+            profiles = make_profiles(flavour, stage, tiny_bundle.manifest.shape.max_length, BUILD)
+            sizes = measure_sizes(spec, {name: buffer.dims for name, buffer in call.tensors.items()})
+            assert choose_profile(stage.name, profiles, sizes) == 0
+            assert set(profiles[0]) <= set(sizes), "every range belongs to a dim of the call"
 
 
 def test_steps_over_the_response_take_the_narrow_profile_and_those_over_the_sequence_the_wide_one(

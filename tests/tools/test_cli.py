@@ -304,6 +304,8 @@ GREEDY = "--remasking random --refresh-interval 0 --policy dkv-greedy"
 KLASS = "--transfer klass --threshold 0 --kl-limit 9"
 SLOW = "--gen-length 24 --transfer slow-fast --threshold 0.2 --span-confidence 0.5"
 CREDIT = "--transfer credit --threshold 0.2"
+WINO = "--transfer wino --accept-least 2 --verify-threshold 0"
+BOLD = f"{WINO} --accept-threshold 0 --accept-share 0.4"
 DYNAMIC = "--policy dynamic-dllm --layer-budget 2 --window 2 --bucket 1"
 SPA = "--policy spa --peak-ratio 0.5"
 EFFECTS = {
@@ -353,6 +355,11 @@ EFFECTS = {
     "--credit-weight": (CREDIT, f"{CREDIT} --credit-weight 9", "confidence"),
     "--credit-decay": (CREDIT, f"{CREDIT} --credit-decay 0", "confidence"),
     "--credit-power": (CREDIT, f"{CREDIT} --credit-power 3", "confidence"),
+    "--accept-threshold": (WINO, f"{WINO} --accept-threshold 0", "passes"),
+    "--verify-threshold": (BOLD, f"{BOLD} --verify-threshold 1", "passes"),
+    "--accept-share": (BOLD, f"{BOLD} --accept-share 1", "passes"),
+    "--accept-least": (BOLD, f"{BOLD} --accept-least 9", "passes"),
+    "--accept-most": (BOLD, f"{BOLD} --accept-most 2", "passes"),
     "--provider": ("", "--provider torch", "settings"),
     "--threads": ("", "--threads 2", "settings"),
     "--prepack": ("--prepack on", "--prepack off", "settings"),
