@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dllm_export.errors import UsageError
-from dllm_export.tools.bench import BenchOptions
+from dllm_export.tools.bench.command import BenchOptions
 from dllm_export.tools.bench_columns import Column, Step, run_in_turns
 from dllm_export.tools.bench_report import agreement, ratio
 from dllm_export.tools.machine import Others

@@ -1,0 +1,1 @@
+"""The benchmark: columns in processes of their own, physical limits, reports."""
