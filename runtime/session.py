@@ -112,7 +112,10 @@ class SessionOptions:
     )
     captures: int = option(
         32,
-        "CUDA graphs kept, one per kind of step; 0 queues every engine call by itself (tensorrt, onnxruntime on cuda)",
+        "CUDA graphs kept, one per kind of step; 0 queues every call by itself (tensorrt; onnxruntime and torch on cuda)",
+    )
+    compile: bool = option(
+        False, "torch: run every graph through torch.compile, which takes a C++ compiler and minutes at the first steps"
     )
 
     def __post_init__(self) -> None:
@@ -129,6 +132,10 @@ class SessionOptions:
             raise UsageError(f"--captures is {self.captures}, expected 0 (none) or more")
         if self.provider == "tensorrt" and self.device == "cpu":
             raise UsageError("--device cpu does not go with --provider tensorrt, which runs on GPUs: leave it out")
+        if self.compile and self.provider != "torch":
+            raise UsageError(
+                f"--compile does not go with --provider {self.provider}, it belongs to torch: leave it out"
+            )
 
     @property
     def place(self) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from dllm_export.errors import DllmExportError, IncompatibleError, ResourceError
 from dllm_export.graphs import TensorSpec, TensorType, engine_specs
 from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
 from dllm_export.runtime.cuda import (
     REMEDIES,
-    Capture,
     DeviceMemory,
     Event,
     PinnedMemory,
@@ -30,8 +29,7 @@ from dllm_export.runtime.cuda import (
     gpu_name,
 )
 from dllm_export.runtime.manifest import EngineRecord
-from dllm_export.runtime.session import CaptureReport, GraphCall, SessionOptions, SessionReport
-from dllm_export.runtime.tensorrt.captures import Captures
+from dllm_export.runtime.session import GraphCall, SessionOptions, SessionReport
 from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines
 from dllm_export.runtime.tensorrt.engine import ALIGNMENT, Context, Engine, to_engine_type
 from dllm_export.runtime.tensorrt.kernels import KernelCache
@@ -94,48 +92,18 @@ class EngineRun:
     keep: tuple[object, ...]
 
 
-@dataclass(eq=False, slots=True)
-class StepProgram:
-    """Engine calls in order: queued one by one at the first run, captured at the second, replayed from then on."""
-
-    session: TensorRtSession
-    runs: tuple[EngineRun, ...]
-    title: str
-    _warm: bool = field(init=False, default=False)
-
-    def __call__(self) -> None:
-        captures, stream = self.session.captures, self.session.stream
-        capture = captures.get(id(self))
-        if capture is None and self._warm and captures.limit:
-            capture = stream.capture(self.queue)
-            captures.add(id(self), capture)
-            self.session.titles[id(self)] = self.title
-        if capture is None:
-            self.queue()  # the first run of a context initialises it, which a capture must not contain
-            self._warm = True
-        else:
-            capture.replay()
-
-    def queue(self) -> None:
-        """Queue every call."""
-        for run in self.runs:
-            run.context.queue(run.addresses, self.session.stream)
-
-    def __del__(self) -> None:
-        self.session.forget(id(self))
-
-
 class TensorRtSession:
     """One engine per graph kind serves all layers; contexts and captures are made per shape, at first use."""
 
     provider = "tensorrt"
 
-    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+    def __init__(
+        self, bundle: Bundle, options: SessionOptions, *, flavours: Sequence[Flavour] = ("tensorrt", "tensorrt-rtx")
+    ) -> None:
         self._bundle = bundle
         self.usage = Usage()
         self.stream = Stream()
-        self.captures: Captures[Capture] = Captures(options.captures)
-        self.titles: dict[int, str] = {}
+        self.captures: Captures[NamedCapture] = Captures(options.captures)
         self._weights: dict[int, DeviceMemory] = {}
         self._contexts: WeakValueDictionary[object, Context] = WeakValueDictionary()
         self._buffers: WeakSet[DeviceMemory] = WeakSet()
@@ -143,7 +111,7 @@ class TensorRtSession:
         self._engines: dict[str, Engine] = {}
         self._kernels: KernelCache | None = None
         try:
-            self._library, records = find_engines(bundle)
+            self._library, records = find_engines(bundle, flavours)
             self._require_memory(bundle.weight_bytes, 0)  # before the library, which says little when memory is short
             self._engines = self._load_engines(records)
             scratch = max(engine.scratch_bytes for engine in self._engines.values())
@@ -205,22 +173,23 @@ class TensorRtSession:
         self.stream.clear(memory.address, memory.size)
         return CudaBuffer(memory, dims, kind, self.stream)
 
-    def prepare(self, calls: Sequence[GraphCall]) -> StepProgram:
+    def prepare(self, calls: Sequence[GraphCall]) -> CapturedProgram:
         runs = tuple(self._bind(stage) for call in calls for stage in self._stage_calls(call))
-        return StepProgram(self, runs, describe_calls(calls))
+
+        def queue() -> None:
+            for run in runs:
+                run.context.queue(run.addresses, self.stream)
+
+        return CapturedProgram(self.captures, queue, self.stream.capture, describe_calls(calls))
 
     def inspect(self) -> SessionReport:
         """Engines, captures and memory as they are now."""
-        captured = (
-            CaptureReport(calls=self.titles[key], replays=capture.replays)  # type: ignore[index]
-            for key, capture in self.captures
-        )
         return SessionReport(
             provider=self.provider,
             library=f"{self._library.flavour} {self._library.version}",
             engines={graph: engine.record.file for graph, engine in self._engines.items()},
             contexts=len(self._contexts),
-            captures=tuple(captured),
+            captures=report_captures(self.captures),
             capture_limit=self.captures.limit,
             evicted=self.captures.evicted,
             memory={purpose: size for purpose, size in self.usage.held.items() if size},
@@ -242,11 +211,6 @@ class TensorRtSession:
             self._kernels.close()
         self._engines = {}
         self.stream.close()
-
-    def forget(self, program: int) -> None:
-        """Free the capture of a program that is gone."""
-        self.captures.discard(program)
-        self.titles.pop(program, None)
 
     # -- a call as addresses
     def _stage_calls(self, call: GraphCall) -> Iterator[GraphCall]:
@@ -311,10 +275,9 @@ class TensorRtSession:
         return name, memory
 
 
-def find_engines(bundle: Bundle) -> tuple[TensorRt, dict[str, EngineRecord]]:
-    """The installed library that has a fitting engine of every graph, and those engines; the first reason if none has."""
+def find_engines(bundle: Bundle, flavours: Sequence[Flavour]) -> tuple[TensorRt, dict[str, EngineRecord]]:
+    """The first installed library that has a fitting engine of every graph, and those engines; the first reason if none."""
     reasons: list[DllmExportError] = []
-    flavours: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
     for flavour in flavours:
         library = find_library(flavour)
         if library is None:
@@ -332,18 +295,6 @@ def find_engines(bundle: Bundle) -> tuple[TensorRt, dict[str, EngineRecord]]:
         except IncompatibleError as error:
             reasons.append(error)
     if not reasons:
-        raise IncompatibleError(
-            "provider 'tensorrt' needs TensorRT: pip install 'dllm-export[tensorrt]', or 'dllm-export[tensorrt-rtx]'"
-        )
+        lines = ", or ".join(f"'dllm-export[{flavour}]'" for flavour in flavours)
+        raise IncompatibleError(f"provider 'tensorrt' needs TensorRT: pip install {lines}")
     raise reasons[0]
-
-
-def describe_calls(calls: Sequence[GraphCall]) -> str:
-    """A program in a few words, such as embed, 32 layer_adaptive."""
-    return ", ".join(_runs(call.graph for call in calls))
-
-
-def _runs(names: Iterator[str]) -> Iterator[str]:
-    for name, group in groupby(names):
-        count = len(list(group))
-        yield f"{count} {name}" if count > 1 else name

@@ -1,4 +1,4 @@
-"""The store of captured steps: which one makes room, and that none is closed twice or left open."""
+"""Captured steps: which one makes room, that none is closed twice or left open, and when a program is captured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_export.runtime.tensorrt.captures import Captures
+from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
+from dllm_export.runtime.session import GraphCall
 
 
 @dataclass(eq=False, slots=True)
@@ -16,6 +17,10 @@ class Step:
     """Counts how often it was closed."""
 
     closed: int = 0
+    replays: int = 0
+
+    def replay(self) -> None:
+        self.replays += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -123,3 +128,56 @@ def test_any_sequence_does_what_a_list_in_order_of_use_would(limit: int, actions
         assert list(captures) == model
         assert {step.closed for step in gone} <= {1}
         assert not any(step.closed for _, step in model)
+
+
+# -- programs
+def program(captures: Captures[NamedCapture], log: list[str], name: str = "step") -> CapturedProgram:
+    """A program that writes down what is done with it."""
+
+    def capture(queue: object) -> Step:
+        log.append(f"capture {name}")
+        return Step()
+
+    return CapturedProgram(captures, lambda: log.append(f"queue {name}"), capture, name)
+
+
+def test_a_program_is_queued_then_captured_and_replayed() -> None:
+    captures: Captures[NamedCapture] = Captures(2)
+    log: list[str] = []
+    run = program(captures, log)
+    for _ in range(4):
+        run()
+    assert log == ["queue step", "capture step"]
+    assert [(one.calls, one.replays) for one in report_captures(captures)] == [("step", 3)]
+
+
+def test_without_captures_a_program_is_queued_every_time() -> None:
+    log: list[str] = []
+    run = program(Captures(0), log)
+    for _ in range(3):
+        run()
+    assert log == ["queue step"] * 3
+
+
+def test_a_program_whose_capture_made_room_is_captured_again() -> None:
+    captures: Captures[NamedCapture] = Captures(1)
+    log: list[str] = []
+    first, second = program(captures, log, "a"), program(captures, log, "b")
+    for run in (first, first, second, second, first):
+        run()
+    assert log == ["queue a", "capture a", "queue b", "capture b", "capture a"]
+    assert captures.evicted == 2
+
+
+def test_a_program_that_is_gone_takes_its_capture_along() -> None:
+    captures: Captures[NamedCapture] = Captures(2)
+    run = program(captures, [])
+    run(), run()
+    assert len(captures) == 1
+    del run
+    assert not len(captures)
+
+
+def test_calls_in_words_count_repeats() -> None:
+    calls = [GraphCall(name, None, {}) for name in ("embed", "layer_full", "layer_full", "gather")]
+    assert describe_calls(calls) == "embed, 2 layer_full, gather"

@@ -367,7 +367,7 @@ EFFECTS = {
 TESTED_APART = {
     *("--prompt", "--prompt-file", "--prompt-ids", "--infill", "--chat"),
     *("--base", "--prefix-file", "--prefix-depth", "--prefix-profile", "--prefix-budget"),  # test_prefix_flags.py
-    *("--watch", "--report", "--json", "--debug", "--device", "--captures"),
+    *("--watch", "--report", "--json", "--debug", "--device", "--captures", "--compile"),
 }
 
 
