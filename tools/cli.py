@@ -44,7 +44,8 @@ COMMANDS: Mapping[str, Entry] = {
     "profile-prefix": Entry("profile_prefix", "Measure how many layers may share a prefix."),
     "doctor": Entry("doctor", "Show what this machine can run, and what to install for the rest."),
     "bench": Entry(
-        "bench.command", "Measure the runtime against plain PyTorch on this machine, without and with the cache."
+        "bench.command",
+        "Measure every provider and PyTorch on one request, against one another and the machine's limits.",
     ),
     "gpu-check": Entry("gpu_check", "Measure every provider on this machine's GPU, and check its answers."),
     "demo": Entry("demo", "Export, verify and run the small trained model that comes with the repository."),

@@ -13,6 +13,7 @@ import click
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import flag, plain_type
 from dllm_export.runtime.plugins import Strategies, find_installed
+from dllm_export.runtime.policies import POLICIES
 from dllm_export.tools.output import print_warning
 
 Callback = TypeVar("Callback", bound=Callable[..., object])
@@ -132,6 +133,19 @@ def strategy_flags(command: Callable[..., object]) -> Callable[..., object]:
     return decorated
 
 
+def policy_flags(default: str, *, without: Sequence[str] = ()) -> Decorator[Any]:
+    """A decorator: `--policy` with the options of all built-in policies but some."""
+    kinds = {name: kind for name, kind in POLICIES.items() if name not in without}
+    choice = Choice(
+        parameter="policy",
+        strategies=Strategies(noun="cache policy", kinds=kinds, faults={}),
+        default=default,
+        section="Feature cache",
+        help="which features to take from the cache",
+    )
+    return choice_flags(choice)
+
+
 def choice_flags(choice: Choice) -> Decorator[Any]:
     """A decorator: the choosing flag and the fields of all kinds; the command gets the chosen one as the parameter."""
     owners, kinds = choice.owners, choice.strategies.kinds
@@ -204,15 +218,21 @@ def shared_flags(command: Callable[..., object]) -> Callable[..., object]:
 
 def report_flag(command: Callable[..., object]) -> Callable[..., object]:
     """`--report FILE`: the JSON of the result in a file as well (the command gets `report`)."""
+    decorated: Callable[..., object] = file_flag("--report", "write the result as JSON to this file as well")(command)
+    return decorated
+
+
+def file_flag(name: str, help: str, check: Callable[..., Path | None] | None = None) -> Decorator[Any]:
+    """A decorator: a flag that names a file to write, looked at before anything runs."""
     return click.option(
-        "--report",
+        name,
         cls=Flag,
         section="Output",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE",
-        callback=check_report,
-        help="write the result as JSON to this file as well",
-    )(command)
+        callback=check or check_report,
+        help=help,
+    )
 
 
 def check_report(_context: click.Context, _flag: click.Parameter, path: Path | None) -> Path | None:

@@ -112,7 +112,7 @@ class FourFeatureCache:
         """Response rows to recompute; the values of all response rows are overwritten on the way."""
         count = int(inner.shape[1] * self.settings.update_ratio)
         if self.settings.update_ratio == 0:
-            return torch.empty((len(inner), 0), dtype=torch.int64)
+            return torch.empty((len(inner), 0), dtype=torch.int64, device=inner.device)
         value = self.model.project(self.model.layers[layer], "v_proj", inner)
         chosen = most_drifted(value, self.response[layer].value, count)
         self._store_values(layer, value)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,11 +22,18 @@ import click
 from dllm_export import __version__
 from dllm_export.errors import UsageError
 from dllm_export.graphs import ModelShape
+from dllm_export.runtime.bundle import open_bundle
 from dllm_export.runtime.options import flag, option
+from dllm_export.runtime.policies import DllmCache
+from dllm_export.tools.bench.columns import COLUMNS, ColumnKind
+from dllm_export.tools.bench.command import BenchOptions, plan_measurement
+from dllm_export.tools.bench.measure import measure
+from dllm_export.tools.bench.processes import Failed, explain_exit
+from dllm_export.tools.bench.records import BenchReport
+from dllm_export.tools.bench.tables import print_bench
 from dllm_export.tools.demo import MODEL
 from dllm_export.tools.flags import Command, from_fields, report_flag, shared_flags
-from dllm_export.tools.machine import inspect_machine
-from dllm_export.tools.output import make_table, print_json, print_note, print_table, write_report
+from dllm_export.tools.output import make_table, print_json, print_note, print_table, show_progress, write_report
 
 LLADA_8B = ModelShape(
     layers=32,
@@ -65,11 +72,13 @@ GENERATIONS: Mapping[str, str] = {
 class GpuCheckOptions:
     """What to run, and where each provider lives."""
 
-    device: str = option("cuda", "where torch and onnxruntime run", choices=("cuda", "cpu"))
+    device: str = option("cuda", "where torch runs", choices=("cuda", "cpu"))
     columns: str = option(
-        "tensorrt,onnxruntime,torch,eager", "providers to measure, with a comma between; eager is plain PyTorch"
+        "eager,four-feature,torch,torch-graph,onnxruntime-cuda,tensorrt",
+        "what to measure, with a comma between: columns of dllm-export bench",
     )
     tensorrt: str = option("", "command that starts the Python with TensorRT; default: this Python")
+    tensorrt_rtx: str = option("", "command that starts the Python with TensorRT for RTX; default: this Python")
     onnxruntime: str = option("", "command that starts the Python with onnxruntime-gpu; default: this Python")
     layers: int = option(
         32, "layers of the random LLaDA-8B-shaped model; 32 need 34 GB of disk and 20 GB of GPU memory"
@@ -85,27 +94,44 @@ class GpuCheckOptions:
         for name in ("layers", "prompt", "response", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected at least 1")
-        unknown = set(self.names) - {"tensorrt", "onnxruntime", "torch", "eager"}
-        if unknown or not self.names:
-            raise UsageError(f"--columns has {', '.join(sorted(unknown)) or 'nothing'}; see --help for what there is")
         if self.steps > self.response:
             raise UsageError(f"--steps is {self.steps}, expected at most --response, {self.response}: one token a step")
+        self.bench  # noqa: B018 (refuses columns that are not there)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The columns asked for."""
-        return tuple(name.strip() for name in self.columns.split(",") if name.strip())
+    def bench(self) -> BenchOptions:
+        """The same for the benchmark."""
+        return BenchOptions(
+            columns=self.columns,
+            prompt_length=self.prompt,
+            gen_length=self.response,
+            steps=self.steps,
+            device=self.device,
+            tensorrt=self.tensorrt,
+            tensorrt_rtx=self.tensorrt_rtx,
+            onnxruntime=self.onnxruntime,
+        )
 
-    def python(self, provider: str) -> list[str]:
-        """How to start the Python of a provider."""
-        return shlex.split(getattr(self, provider, "")) or [sys.executable]
+    @property
+    def kinds(self) -> dict[str, ColumnKind]:
+        """Columns of the runtime, by name."""
+        return {name: COLUMNS[name] for name in self.bench.names if COLUMNS[name].way == "session"}
+
+    @property
+    def flavours(self) -> tuple[str, ...]:
+        """Of TensorRT, those that are measured."""
+        return tuple(kind.flavour for kind in self.kinds.values() if kind.flavour)
+
+    def python(self, kind: ColumnKind) -> list[str]:
+        """How to start the Python of a column."""
+        return [*(self.bench.pythons.get(kind.flavour or kind.provider) or [sys.executable])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """Tokens of the demo model on one provider against the torch reference in float32 on the CPU."""
 
-    provider: str
+    column: str
     dtype: str
     generation: str
     captures: int
@@ -121,28 +147,17 @@ class GpuReport:
     tool: str
     version: str
     command: str
-    machine: Any
-    shape: ModelShape
-    dtype: str
     seconds: Mapping[str, float]
-    """Time of checkpoint, export and build."""
+    """Time of checkpoint, export and builds."""
     answers: Sequence[Answer]
-    columns: Mapping[str, Any]
-    """Name -> what tools/gpu_column.py or tools/gpu_eager.py measured."""
-    failures: Mapping[str, str]
-    """Name -> why a column is missing."""
-
-
-class Failed(Exception):
-    """A process of the check that did not succeed; its last line says why."""
+    bench: BenchReport
 
 
 def run(command: Sequence[str]) -> str:
     """Standard output of a process, or Failed with the last line of its standard error."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise Failed((lines or [f"exit code {result.returncode}"])[-1][:500])
+        raise Failed(explain_exit(result.returncode, result.stderr))
     return result.stdout
 
 
@@ -165,40 +180,39 @@ def compare_answers(work: Path, options: GpuCheckOptions) -> Iterator[Answer]:
         name: tokens_of(cli([sys.executable], f"generate --provider torch {shared} {flags}", work / "demo-float32"))
         for name, flags in GENERATIONS.items()
     }
-    for provider in options.names:
-        if provider == "eager":
-            continue
+    for name, kind in options.kinds.items():
         for dtype in ("float32", "float16"):
-            yield from compare_provider(work / f"demo-{dtype}", provider, dtype, shared, reference, options)
+            yield from compare_column(work / f"demo-{dtype}", name, kind, dtype, shared, reference, options)
 
 
-def compare_provider(
+def compare_column(
     bundle: Path,
-    provider: str,
+    name: str,
+    kind: ColumnKind,
     dtype: str,
     shared: str,
     reference: Mapping[str, Sequence[int]],
     options: GpuCheckOptions,
 ) -> Iterator[Answer]:
-    """One provider in one type, with captured steps and without where it captures."""
-    python, device = options.python(provider), "cuda" if provider == "tensorrt" else options.device
-    known: dict[str, Any] = {"provider": provider, "dtype": dtype}
-    if provider == "tensorrt":
+    """One column in one type, with captured steps and without where it captures."""
+    python, known = options.python(kind), {"column": name, "dtype": dtype}
+    if kind.flavour:
         try:
-            cli(python, "build --flavour tensorrt --max-length 512 --max-batch 1 --rows 128", bundle)
+            cli(python, f"build --flavour {kind.flavour} --max-length 512 --max-batch 1 --rows 128", bundle)
         except Failed as error:
             yield Answer(**known, generation="build", captures=0, equal=None, failure=str(error))
             return
-    for captures in (32, 0) if provider != "torch" else (0,):
-        where = f"--provider {provider} --device {device} --captures {captures}"
-        for name, flags in GENERATIONS.items():
+    for captures in (kind.captures, 0) if kind.captures else (0,):
+        where = f"--provider {kind.provider} --device {kind.where(options.device)} --captures {captures}"
+        where += " --compile" if kind.compile else ""
+        for generation, flags in GENERATIONS.items():
             try:
                 found = tokens_of(cli(python, f"generate {where} {shared} {flags}", bundle))
             except Failed as error:
-                yield Answer(**known, generation=name, captures=captures, equal=None, failure=str(error))
+                yield Answer(**known, generation=generation, captures=captures, equal=None, failure=str(error))
                 continue
-            same = [a == b for a, b in zip(found, reference[name], strict=True)]
-            yield Answer(**known, generation=name, captures=captures, equal=sum(same) / len(same))
+            same = [a == b for a, b in zip(found, reference[generation], strict=True)]
+            yield Answer(**known, generation=generation, captures=captures, equal=sum(same) / len(same))
 
 
 def tokens_of(output: str) -> list[int]:
@@ -243,66 +257,28 @@ def fixed_sizes(options: GpuCheckOptions) -> str:
     return ";".join([*groups, *(f"S={length},Q={count}" for count in sorted({64, rows}) if count <= rows)])
 
 
-def measure_columns(work: Path, options: GpuCheckOptions, seconds: dict[str, float]) -> Iterator[tuple[str, Any, str]]:
-    """Name, report and failure of every column."""
-    request = ["--prompt", str(options.prompt), "--response", str(options.response), "--steps", str(options.steps)]
-    rows = ["--rows", *(str(count) for count in (32, 64, 128, 256) if count <= options.response)]
-    module = "dllm_export.tools.gpu_column"
-    for provider in options.names:
-        python = options.python(provider)
-        if provider == "tensorrt":
+def build_engines(work: Path, options: GpuCheckOptions) -> Iterator[tuple[str, float]]:
+    """Flavour -> seconds of the build; one that fails leaves its column without engines, which says so."""
+    for kind in options.kinds.values():
+        if kind.flavour:
             start = time.perf_counter()
             sizes = f"--max-length {options.prompt + options.response} --max-batch 1 --rows {options.response}"
+            build = f"build --flavour {kind.flavour} {sizes} --fixed '{fixed_sizes(options)}'"
             try:
-                cli(python, f"build --flavour tensorrt {sizes} --fixed '{fixed_sizes(options)}'", work / "bundle")
+                cli(options.python(kind), build, work / "bundle")
             except Failed as error:
-                yield provider, None, str(error)
+                print_note(f"{kind.flavour}: {error}", "yellow")
                 continue
-            seconds["build"] = time.perf_counter() - start
-        if provider == "eager":
-            eager = [*python, "-m", "dllm_export.tools.gpu_eager", str(work / "model"), "--device", options.device]
-            yield column(provider, [*eager, "--dtype", dtype_of(options.device), *request])
-            continue
-        for captures in (32, 0) if provider in ("tensorrt", "onnxruntime") and options.device == "cuda" else (0,):
-            where = ["--provider", provider, "--device", options.device, "--captures", str(captures)]
-            name = f"{provider}, captured" if captures else provider
-            yield column(name, [*python, "-m", module, str(work / "bundle"), *where, *request, *rows])
+            yield f"build {kind.flavour}", time.perf_counter() - start
 
 
-def column(name: str, command: Sequence[str]) -> tuple[str, Any, str]:
-    """One column's report, or why it is missing."""
-    try:
-        return name, json.loads(run(command)), ""
-    except Failed as error:
-        return name, None, str(error)
-
-
-def print_report(report: GpuReport) -> None:
-    """Answers, then graphs, then steps."""
-    answers = make_table(
-        "provider", "dtype", "generation", "captures", "equal tokens", right=("captures", "equal tokens")
-    )
-    for answer in report.answers:
+def print_answers(answers: Sequence[Answer]) -> None:
+    """The demo model's tokens on every column."""
+    table = make_table("column", "dtype", "generation", "captures", "equal tokens", right=("captures", "equal tokens"))
+    for answer in answers:
         share = f"{answer.equal:.1%}" if answer.equal is not None else f"failed: {answer.failure}"
-        answers.add_row(answer.provider, answer.dtype, answer.generation, str(answer.captures), share)
-    graphs = make_table("ms per call", *report.columns, right=tuple(report.columns))
-    cases: dict[str, dict[str, float]] = {}
-    for name, value in report.columns.items():
-        for graph in value["graphs"]:
-            sizes = " ".join(f"{dim}={size}" for dim, size in graph["sizes"].items() if dim != "B")
-            cases.setdefault(f"{graph['graph']} {sizes}", {})[name] = graph["call"]["p50_ms"]
-    for case, times in cases.items():
-        graphs.add_row(case, *(f"{times[name]:.3f}" if name in times else "-" for name in report.columns))
-    steps = make_table("column", "policy", "tokens/s", "ms by kind of step", "sum of parts", right=("tokens/s",))
-    for name, value in report.columns.items():
-        for single in value["runs"]:
-            kinds = ", ".join(f"{kind} {times['p50_ms']:.2f}" for kind, times in single["kinds"].items())
-            parts = f"{single['parts_ms']:.2f}" if single["parts_ms"] else ""
-            steps.add_row(name, single["policy"], f"{single['tokens_per_second']:.1f}", kinds, parts)
-    for table in (answers, graphs, steps):
-        print_table(table)
-    for name, why in report.failures.items():
-        print_note(f"{name}: {why}", "yellow")
+        table.add_row(answer.column, answer.dtype, answer.generation, str(answer.captures), share)
+    print_table(table)
 
 
 @click.command("gpu-check", cls=Command)
@@ -312,26 +288,22 @@ def print_report(report: GpuReport) -> None:
 def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> None:
     """Measure every provider on this machine's GPU, and check its answers."""
     arguments = sys.argv[sys.argv.index("gpu-check") + 1 :] if "gpu-check" in sys.argv else []
-    with TemporaryDirectory(prefix="dllm-export-gpu-") as folder:
+    asked = shlex.join(["tools/gpu_check", *arguments])
+    with TemporaryDirectory(prefix="dllm-export-gpu-") as folder, show_progress() as progress:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        shape = TINY if options.quick else ModelShape(**{**asdict(LLADA_8B), "layers": options.layers})
+        shape = TINY if options.quick else replace(LLADA_8B, layers=options.layers)
         answers = tuple(compare_answers(work, options)) if options.answers else ()
         seconds = make_bundle(work, shape, options.device)
-        measured = list(measure_columns(work, options, seconds))
+        seconds |= dict(build_engines(work, options))
+        what = plan_measurement(open_bundle(work / "bundle"), work / "model", options.bench, DllmCache())
+        bench = measure(what, asked, progress)
     outcome = GpuReport(
-        tool="tools/gpu_check",
-        version=__version__,
-        command=shlex.join(["tools/gpu_check", *arguments]),
-        machine=inspect_machine(Path()),
-        shape=shape,
-        dtype=dtype_of(options.device),
-        seconds=seconds,
-        answers=answers,
-        columns={name: value for name, value, failure in measured if not failure},
-        failures={name: failure for name, _, failure in measured if failure},
+        tool="tools/gpu_check", version=__version__, command=asked, seconds=seconds, answers=answers, bench=bench
     )
-    print_report(outcome)
     if as_json:
         print_json(outcome)
+    else:
+        print_answers(answers)
+        print_bench(bench)
     write_report(report, outcome)

@@ -114,6 +114,26 @@ def find_memory() -> int | None:
     return min(total, int(text)) if text.isdecimal() else total
 
 
+def find_free_memory(place: str) -> int | None:
+    """Bytes of memory that are free on the cpu, or on the first GPU for cuda; None where the system does not tell."""
+    if place == "cuda":
+        query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        try:
+            lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return int(lines[0]) * 2**20 if lines and lines[0].isdecimal() else None
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="ascii").splitlines() if info.is_file() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    if free is None or not text.isdecimal():
+        return free
+    used = Path("/sys/fs/cgroup/memory.current")
+    return min(free, int(text) - (int(used.read_text()) if used.is_file() else 0))
+
+
 def find_gpus() -> Iterator[Gpu]:
     """The GPUs that nvidia-smi lists; none where it is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]

@@ -79,8 +79,13 @@ def write_report(path: Path | None, value: object) -> None:
     """Write JSON to a file; without a path do nothing."""
     if path is None:
         return
+    write_text(path, encode_json(value, 2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a result to a file."""
     try:
-        path.write_text(encode_json(value, 2) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UsageError(f"cannot write the report to {path}: {error.strerror}") from None
 

@@ -28,11 +28,12 @@ def describe_call(model: Model, call: GraphCall) -> Call:
 
 @dataclass(slots=True)
 class Meter:
-    """Work and matrix products of the programs that ran since they were last taken."""
+    """Work of the programs that ran since it was last taken; matrix products and graphs of all that ran."""
 
     model: Model
     work: Work = field(default_factory=Work)
     products: Counter[Product] = field(default_factory=Counter)
+    graphs: set[str] = field(default_factory=set)
 
     def take(self) -> Work:
         """The work so far, which then starts anew."""
@@ -55,6 +56,7 @@ class MeteredSession:
             program()
             meter.work += work
             meter.products.update(products)
+            meter.graphs.update(call.graph for call in made)
 
         return run
 

@@ -1,0 +1,62 @@
+"""Steps as named ranges for a profiler, where the package nvtx is there and --nvtx asks for them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+from dllm_export.errors import IncompatibleError
+from dllm_export.runtime.policies import CachePolicy
+from dllm_export.runtime.policies.policy import StepPlan, StepState
+
+
+class Ranges(Protocol):
+    """Named ranges of time."""
+
+    def start(self, name: str) -> None:
+        """Begin a range."""
+        ...
+
+    def end(self) -> None:
+        """End the last one."""
+        ...
+
+
+class NoRanges:
+    """For when nobody profiles."""
+
+    def start(self, name: str) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class NvtxRanges:
+    """Ranges that Nsight Systems shows."""
+
+    def __init__(self) -> None:
+        try:
+            self._nvtx: Any = importlib.import_module("nvtx")
+        except ModuleNotFoundError:
+            raise IncompatibleError("--nvtx needs the package nvtx: pip install nvtx, or leave it out") from None
+
+    def start(self, name: str) -> None:
+        self._nvtx.push_range(name, domain="dllm-export")
+
+    def end(self) -> None:
+        self._nvtx.pop_range(domain="dllm-export")
+
+
+class NamedSteps:
+    """A cache policy that begins a range with the index and kind of every step it plans."""
+
+    def __init__(self, policy: CachePolicy, ranges: Ranges) -> None:
+        self.name = policy.name
+        self.needs_upcoming = getattr(policy, "needs_upcoming", False)
+        self._policy, self._ranges = policy, ranges
+
+    def plan(self, state: StepState) -> StepPlan:
+        plan = self._policy.plan(state)
+        self._ranges.start(f"step {state.step} {plan.kind}")
+        return plan
