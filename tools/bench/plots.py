@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dllm_export.tools.bench.records import BenchReport
 from dllm_export.tools.bench.summary import NONE, all_runs
@@ -15,9 +17,10 @@ from dllm_export.tools.frontier import find_frontier
 from dllm_export.tools.frontier_chart import COLOURS, GREY, SMALL, TEXT
 
 LINES = ("-", "--", ":", "-.")
+MARKS = ("o", "s", "^", "D")
 
 
-def draw(paint: Callable[[Axes], None], height: float = 3.6) -> str:
+def draw(name: str, paint: Callable[[Axes], None], height: float) -> str:
     """One picture as an SVG element, without a date, so that equal reports give equal pages."""
     figure = Figure(figsize=(8.4, height), facecolor="white", layout="constrained")
     FigureCanvasSVG(figure)
@@ -27,7 +30,8 @@ def draw(paint: Callable[[Axes], None], height: float = 3.6) -> str:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     target = io.StringIO()
-    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.hashsalt": name}):  # names inside the picture: the same every time, and no other picture's
+        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
     text = target.getvalue()
     return text[text.index("<svg") :]
 
@@ -51,7 +55,7 @@ def draw_steps(report: BenchReport) -> str:
         axes.set_ylabel("ms", fontsize=TEXT)
         axes.legend(fontsize=SMALL, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
-    return draw(paint, 4.4)
+    return draw("steps", paint, 4.4)
 
 
 def draw_breakdown(report: BenchReport) -> str:
@@ -72,7 +76,7 @@ def draw_breakdown(report: BenchReport) -> str:
         axes.set_xlabel("ms a step", fontsize=TEXT)
         axes.legend(fontsize=SMALL, frameon=False)
 
-    return draw(paint, 1.2 + 0.24 * len(bars))
+    return draw("breakdown", paint, 1.2 + 0.24 * len(bars))
 
 
 def draw_frontier(report: BenchReport) -> str:
@@ -91,11 +95,17 @@ def draw_frontier(report: BenchReport) -> str:
 
     def paint(axes: Axes) -> None:
         for number, (title, speed, share) in enumerate(points):
-            marker = "o" if number in best else "."
-            axes.plot(speed, share, marker=marker, color=style(number)[0], linestyle="none", label=title)
+            marker, size = MARKS[number // len(COLOURS) % len(MARKS)], 9.0 if number in best else 5.0
+            axes.plot(
+                speed, share, marker=marker, markersize=size, color=style(number)[0], linestyle="none", label=title
+            )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(min(share for _, _, share in points) - 5, 105)
         axes.set_xlabel("tokens per second", fontsize=TEXT)
         axes.set_ylabel(f"% of tokens equal to {first} {NONE}", fontsize=TEXT)
         axes.legend(fontsize=SMALL, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
-    return draw(paint, 4.4)
+    return draw("frontier", paint, 4.4)

@@ -208,6 +208,7 @@ def test_the_page_holds_what_the_json_says_and_loads_nothing(bench: Done) -> Non
     changed = msgspec.structs.replace(bench.report, warnings=("<b>& doubt",), command="bench '<i>'")
     assert "&lt;b&gt;&amp; doubt" in make_page(changed)
     assert "<i>" not in make_page(changed)
+    assert make_page(changed) == make_page(changed)
 
 
 def test_the_trace_has_every_step_in_the_order_of_time(bench: Done) -> None:
