@@ -8,24 +8,31 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
 import msgspec
 import pytest
 
-from dllm_export.errors import UsageError
+from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.policies import POLICIES, DllmCache
+from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.tools import cli
 from dllm_export.tools.bench.columns import COLUMNS, find_obstacle
 from dllm_export.tools.bench.command import BenchOptions, ShapeOptions, plan_measurement
-from dllm_export.tools.bench.measure import find_shortage, need_memory
+from dllm_export.tools.bench.measure import draw_prompt, find_shortage, need_memory
+from dllm_export.tools.bench.metering import MeteredSession, OutlineSession
 from dllm_export.tools.bench.page import make_page
 from dllm_export.tools.bench.processes import Failed, ask, explain_exit
+from dllm_export.tools.bench.ranges import NoRanges, NvtxRanges
 from dllm_export.tools.bench.records import BenchReport, ColumnTask, RawColumn
-from dllm_export.tools.bench.session_runs import foresee
+from dllm_export.tools.bench.roofline import Model
+from dllm_export.tools.bench.session_runs import foresee, session_steps
 from dllm_export.tools.bench.statistics import compare_tokens
 from dllm_export.tools.bench.summary import make_agreement
 from dllm_export.tools.bench.tables import kind_rows, markdown, run_rows
@@ -273,6 +280,42 @@ def test_a_column_that_does_not_fit_says_how_much_it_needs(tiny_bundle: Bundle) 
     assert needs["torch"] >= tiny_bundle.weight_bytes + caches
     assert needs["onnxruntime"] > needs["torch"], "it packs a copy of the weights for every layer graph"
     assert re.search(r"needs about 1000000\.0 GB of memory, .* free", find_shortage("session", 10**15, "cpu", []))
+
+
+def test_what_a_policy_will_do_is_what_it_then_does(tiny_bundle: Bundle) -> None:
+    """The work foreseen without computing anything equals that of the calls of a real session, step by step."""
+    prompt = draw_prompt(tiny_bundle, 20, 0)
+    manifest = tiny_bundle.manifest
+    kinds = {
+        name: kind for name, kind in POLICIES.items() if name in ("none", "dllm-cache", "prefix", "dual", "window")
+    }
+    assert len(kinds) == 5
+    for kind in kinds.values():
+        outlook = foresee(tiny_bundle, prompt, 16, 12, kind())
+        inner = open_session(tiny_bundle, SessionOptions(threads=1))
+        session = MeteredSession(inner, Model(tiny_bundle.specs, manifest.shape, manifest.dtype))
+        with DiffusionLM(tiny_bundle, session) as lm:
+            done = list(islice(session_steps(lm, session.meter, prompt, 16, kind(), NoRanges()), 12))
+        assert [step.work for step in done] == list(outlook.work)
+        assert outlook.products == session.meter.products
+
+
+def test_every_step_is_a_range_with_its_index_and_kind(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    nvtx = ModuleType("nvtx")
+    nvtx.push_range = lambda name, domain: seen.append(f"{domain}: {name}")  # type: ignore[attr-defined]
+    nvtx.pop_range = lambda domain: seen.append("end")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nvtx", nvtx)
+    session = MeteredSession(OutlineSession("float32"), Model(tiny_bundle.specs, tiny_bundle.manifest.shape, "float32"))
+    with DiffusionLM(tiny_bundle, session) as lm:
+        list(islice(session_steps(lm, session.meter, [1, 2], 8, DllmCache(), NvtxRanges()), 2))
+    assert seen == ["dllm-export: step 1 full", "end", "dllm-export: step 2 partial", "end"]
+
+
+def test_ranges_without_their_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with pytest.raises(IncompatibleError, match="pip install nvtx"):
+        NvtxRanges()
 
 
 # -- options
