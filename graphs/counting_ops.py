@@ -60,7 +60,7 @@ class CountingOps:
     def add(self, left: Outline, right: Outline) -> Outline:
         return broadcast(left, right)
 
-    sub = mul = div = both = matches = add
+    sub = mul = div = both = matches = differs = add
 
     def same(self, x: Outline) -> Outline:
         """Sizes stay as they are."""
@@ -122,6 +122,9 @@ class CountingOps:
 
     def concat(self, pieces: tuple[Outline, ...]) -> Outline:
         return Outline((*pieces[0].dims[:-1], sum(piece.dims[-1] for piece in pieces)))
+
+    def join_rows(self, first: Outline, second: Outline) -> Outline:
+        return Outline((first.dims[0], first.dims[1] + second.dims[1], *first.dims[2:]))
 
     def split_heads(self, x: Outline, heads: int, width: int) -> Outline:
         return Outline((*x.dims[:-1], heads, width))
