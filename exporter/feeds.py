@@ -52,6 +52,8 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "credit_decay": np.array([0.8]),
         "credit_power": np.array([0.2]),
         "credit_weight": np.array([0.7]),
+        "sharpness": np.array([1.0]),
+        "uniform": rng.integers(0, 2**23, (BATCH, BUDGET, 2)) / 2**23,
     }
     feeds = {}
     for tensor in spec.inputs:

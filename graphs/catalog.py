@@ -51,10 +51,10 @@ class GraphSpec:
         return next(spec for spec in (*self.inputs, *self.weights, *self.outputs) if spec.name == name)
 
 
-HeadGraph = Literal["head", "head_tracked", "head_credited"]
+HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn"]
 """What a decoding rule may take its statistics from; the loop adds guidance where it is on."""
 
-PROJECTIONS = ("norm1", "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
+PROJECTIONS = ("norm1", "norm1_bias", "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
 """Weights that a layer's first stage uses; its second stage has the others."""
 
 LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking")
@@ -63,22 +63,40 @@ LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking
 
 def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
     """Weights of one layer as stored: [in, out], query|key fused, gate|up fused, value apart (docs/decisions.md)."""
-    d, kv = shape.hidden, shape.key_width
-    weights = [
-        TensorSpec("norm1", "compute", (d,)),
-        TensorSpec("qk", "compute", (d, shape.query_width + kv)),
-        TensorSpec("v", "compute", (d, kv)),
-        TensorSpec("out", "compute", (shape.query_width, d)),
-        TensorSpec("norm2", "compute", (d,)),
-        TensorSpec("gate_up", "compute", (d, 2 * shape.mlp)),
-        TensorSpec("down", "compute", (shape.mlp, d)),
+    d, kv, both = shape.hidden, shape.key_width, shape.query_width + shape.key_width
+    up, width = ("gate_up", 2 * shape.mlp) if shape.mlp_kind == "swiglu" else ("up", shape.mlp)
+    biases = {
+        **({"qk": both, "v": kv} if shape.qkv_bias else {}),
+        **({"norm1": d, "norm2": d} if shape.norm == "layer" else {}),
+        **({up: width, "down": d} if shape.mlp_bias else {}),
+    }
+    sizes: dict[str, tuple[int, ...]] = {
+        "norm1": (d,),
+        "qk": (d, both),
+        "v": (d, kv),
+        "out": (shape.query_width, d),
+        "norm2": (d,),
+        up: (d, width),
+        "down": (shape.mlp, d),
+        **{f"{name}_bias": (size,) for name, size in biases.items()},
+        **({"q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,)} if shape.qk_norm else {}),
+    }
+    return tuple(TensorSpec(name, "compute", dims) for name, dims in sizes.items())
+
+
+def head_weights(shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Weights of the last norm, and those of the head."""
+    norm = [TensorSpec("norm", "compute", (shape.hidden,))]
+    if shape.norm == "layer":
+        norm.append(TensorSpec("norm_bias", "compute", (shape.hidden,)))
+    head = [
+        TensorSpec("embedding", "compute", (shape.vocab, shape.hidden))
+        if shape.tied_head
+        else TensorSpec("head", "compute", (shape.hidden, shape.vocab))
     ]
-    if shape.qkv_bias:
-        weights.append(TensorSpec("qk_bias", "compute", (shape.query_width + kv,)))
-        weights.append(TensorSpec("v_bias", "compute", (kv,)))
-    if shape.qk_norm:
-        weights += [TensorSpec(name, "compute", (shape.head_dim,)) for name in ("q_norm", "k_norm")]
-    return tuple(weights)
+    if shape.head_bias:
+        head.append(TensorSpec("head_bias", "compute", (shape.vocab,)))
+    return tuple(norm), tuple(head)
 
 
 def engine_specs(specs: Mapping[str, GraphSpec], *, staged: bool) -> dict[str, GraphSpec]:
@@ -98,8 +116,8 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     rank, top = shape.indicator_rank, min(TOP_TOKENS, shape.vocab)
     layer = layer_weights(shape)
     table = TensorSpec("embedding", "compute", (shape.vocab, d))
-    norm = TensorSpec("norm", "compute", (d,))
-    classifier = (norm, table) if shape.tied_head else (norm, TensorSpec("head", "compute", (d, shape.vocab)))
+    norm, head = head_weights(shape)
+    classifier = (*norm, *head)
 
     def rows(name: str, count: str, width: int) -> TensorSpec:
         return TensorSpec(name, "compute", ("B", count, width))
@@ -194,7 +212,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
         GraphSpec(
             "layer_indicator",
             (rows("hidden", "N", d), positions("index", "Q")),
-            (layer[0], proxy),
+            (*(weight for weight in layer if weight.name in ("norm1", "norm1_bias")), proxy),
             (rows("indicator_out", "Q", rank),),
             steps.layer_indicator,
         ),
@@ -254,7 +272,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                 TensorSpec("budget", "int64", (1,)),
                 *context,
             ),
-            tuple(weight for weight in layer if weight.name in ("norm1", "qk", "qk_bias", "q_norm")),
+            tuple(weight for weight in layer if weight.name in ("norm1", "norm1_bias", "qk", "qk_bias", "q_norm")),
             (
                 rows("key_out", "Q", kv),
                 rows("value_out", "Q", kv),
@@ -301,7 +319,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
         GraphSpec(
             "guidance",
             (rows("hidden", "X", d), rows("unconditional", "X", d)),
-            (norm,),
+            norm,
             (rows("guidance_out", "X", d),),
             steps.guidance,
         ),
@@ -324,6 +342,13 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
             classifier,
             (*statistics, every_token("credit_out")),
             partial(heads.head_credited, top=top),
+        ),
+        GraphSpec(
+            "head_drawn",
+            (*guided, TensorSpec("sharpness", "float32", (1,)), TensorSpec("uniform", "float32", ("B", "Q", 2))),
+            classifier,
+            (*statistics, positions("drawn", "Q"), per_row("drawn_logit")),
+            partial(heads.head_drawn, top=top),
         ),
     )
     return {graph.name: graph for graph in graphs}

@@ -12,12 +12,24 @@ from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
 
-def normalize(ops: Ops[T], x: T, weight: T, eps: float) -> T:  # [..., D] -> [..., D]
-    """RMSNorm: statistics in float32, back to the compute type, then the weight."""
+def normalize(ops: Ops[T], shape: ModelShape, x: T, weights: Mapping[str, T], name: str) -> T:  # [..., D] -> [..., D]
+    """RMSNorm or LayerNorm `name`: statistics in float32, back to the compute type, then the weight and the bias."""
     with ops.scope("norm"):
         wide = ops.widen(x)
-        wide = ops.mul(wide, ops.rsqrt(ops.mean(ops.mul(wide, wide)), eps))
-    return ops.mul(ops.narrow(wide, x), weight)
+        if shape.norm == "layer":
+            wide = ops.sub(wide, ops.mean(wide))
+        wide = ops.mul(wide, ops.rsqrt(ops.mean(ops.mul(wide, wide)), shape.norm_eps))
+    return add_bias(ops, ops.mul(ops.narrow(wide, x), weights[name]), weights, name)
+
+
+def add_bias(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:
+    """x and the bias of the weight `name`, where it has one."""
+    return ops.add(x, weights[f"{name}_bias"]) if f"{name}_bias" in weights else x
+
+
+def project(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:  # [B, N, in] -> [B, N, out]
+    """x times the matrix `name`, and its bias where it has one."""
+    return add_bias(ops, ops.matmul(x, weights[name]), weights, name)
 
 
 def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N, heads, d], cos/sin [B, N, d/2]
@@ -45,23 +57,19 @@ def put_rows(ops: Ops[T], rows: T, slot: T, fresh: T, cache: T) -> T:
 
 
 def project_value(ops: Ops[T], x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, G*d]
-    value = ops.matmul(x, weights["v"])
-    return ops.add(value, weights["v_bias"]) if "v_bias" in weights else value
+    return project(ops, x, weights, "v")
 
 
 def project_query_key(
     ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T, weights: Mapping[str, T]
 ) -> tuple[T, T]:  # normed [B, N, D] -> query [B, N, H, d], key [B, N, G*d], both rotated
-    both = ops.matmul(x, weights["qk"])
-    if "qk_bias" in weights:
-        both = ops.add(both, weights["qk_bias"])
-    query, key = ops.split(both, (shape.query_width, shape.key_width))
+    query, key = ops.split(project(ops, x, weights, "qk"), (shape.query_width, shape.key_width))
     query = ops.split_heads(query, shape.heads, shape.head_dim)
     key = ops.split_heads(key, shape.kv_heads, shape.head_dim)
     if "q_norm" in weights:
-        query = normalize(ops, query, weights["q_norm"], shape.norm_eps)
+        query = normalize(ops, shape, query, weights, "q_norm")
     if "k_norm" in weights:
-        key = normalize(ops, key, weights["k_norm"], shape.norm_eps)
+        key = normalize(ops, shape, key, weights, "k_norm")
     return rotate(ops, shape, query, cos, sin), ops.merge_heads(rotate(ops, shape, key, cos, sin))
 
 
@@ -77,9 +85,15 @@ def finish_rows(
     with ops.scope("attention"):
         mixed = ops.merge_heads(ops.attention(query, key, value, mask))
     attended = ops.matmul(mixed, weights["out"])
-    inner = normalize(ops, ops.add(hidden, attended), weights["norm2"], shape.norm_eps)
-    gate, up = ops.split(ops.matmul(inner, weights["gate_up"]), (shape.mlp, shape.mlp))
-    return ops.add(attended, ops.matmul(ops.mul(ops.silu(gate), up), weights["down"]))
+    inner = normalize(ops, shape, ops.add(hidden, attended), weights, "norm2")
+    return ops.add(attended, run_mlp(ops, shape, inner, weights))
+
+
+def run_mlp(ops: Ops[T], shape: ModelShape, x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, D]
+    if shape.mlp_kind == "gelu":
+        return project(ops, ops.gelu(project(ops, x, weights, "up")), weights, "down")
+    gate, up = ops.split(project(ops, x, weights, "gate_up"), (shape.mlp, shape.mlp))
+    return project(ops, ops.mul(ops.silu(gate), up), weights, "down")
 
 
 def hand_over(t: Mapping[str, T], first: Mapping[str, T]) -> dict[str, T]:

@@ -47,6 +47,10 @@ SHAPES = {
     "scaled": replace(PLAIN, embedding_scale=3.0, logits_scale=0.25),
     "wide vocabulary": replace(PLAIN, vocab=5000),
     "tiny vocabulary": replace(PLAIN, vocab=20),
+    "layer norm": replace(PLAIN, norm="layer"),
+    "gelu": replace(PLAIN, mlp_kind="gelu"),
+    "biases": replace(PLAIN, mlp_bias=True, head_bias=True, qkv_bias=True),
+    "dit": replace(PLAIN, norm="layer", mlp_kind="gelu", mlp_bias=True, head_bias=True, rope_float32=False),
 }
 GRAPHS = tuple(graph_specs(PLAIN))
 PICKING = ("layer_adaptive", "layer_tracking", "layer_indicated")
@@ -63,6 +67,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "graphs.json"
 
 OPERATORS = {
     *("Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Gather", "Log", "MatMul"),
+    *("GatherElements", "Greater", "Tanh"),
     *(
         "MaxPool",
         "Mul",
@@ -203,7 +208,7 @@ def test_signatures_are_those_that_bundles_were_written_with(tmp_path: Path) -> 
     """A bundle of today must open tomorrow: names, types and dims change only together with the format number."""
     current = {
         name: {graph: signatures(build(SHAPES[name], graph)) for graph in GRAPHS}
-        for name in ("plain", "bias", "tied", "query and key norms")
+        for name in ("plain", "bias", "tied", "query and key norms", "dit")
     }
     text = json.dumps(current, indent=1) + "\n"
     (tmp_path / "graphs.json").write_text(text)
