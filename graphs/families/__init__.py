@@ -23,8 +23,9 @@ from dllm_export.graphs.families.family import (
 from dllm_export.graphs.families.illada import ILLADA
 from dllm_export.graphs.families.known import KNOWN
 from dllm_export.graphs.families.llada import LLADA
+from dllm_export.graphs.families.mdlm import MDLM
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA, MDLM)}
 """Families that can be exported."""
 
 KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in KNOWN}
