@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dllm_export.errors import CheckpointError, IntegrityError
-from dllm_export.exporter.folding import TIME_WIDTH
 from dllm_export.exporter.json_file import read_json
 from dllm_export.exporter.token_files import find_token
-from dllm_export.graphs.families import ModelConfig, Source, detect_family
+from dllm_export.graphs.families import ModelConfig, Source, detect_family, refuse_other_layouts
+from dllm_export.graphs.steps import TIME_WIDTH
 from dllm_export.runtime.safetensors_file import read_header
 
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-"""Buffers that some checkpoints store and that are recomputed from the configuration."""
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
+"""Buffers that some checkpoints store and that are recomputed from the configuration, or that only training reads."""
 
 FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -78,6 +78,8 @@ def open_checkpoint(
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the local directory of a downloaded model")
+    if not (path / "config.json").is_file():
+        refuse_other_layouts(file.name for file in path.iterdir())
     raw = read_json(path / "config.json")
     shards, shapes = find_shards(path)
     finder = partial(find_token, tokenizer or path)

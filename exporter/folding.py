@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-TIME_WIDTH = 256
-"""Numbers that describe a noise level: half cosines, half sines."""
+from dllm_export.graphs.steps import TIME_WIDTH
 
 
 def condition(raw: Mapping[str, Tensor], sigma: float) -> Tensor:  # [C]
     """What a noise level conditions all norms by, from the model's tensors by slot."""
-    half = TIME_WIDTH // 2
-    angle = sigma * torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half)
-    x = torch.cat((angle.cos(), angle.sin()))
+    x = time_table(sigma)
     for slot in ("time1", "time2"):
         x = silu(linear(x, raw[slot].double(), raw[f"{slot}_bias"].double()))
     return x
@@ -46,6 +43,26 @@ def fold_layer(raw: Mapping[str, Tensor], conditioning: Tensor) -> dict[str, Ten
         "down": gate2[:, None] * raw["down"].double(),
         "down_bias": gate2 * raw["down_bias"].double(),
     }
+
+
+def split_layer(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors by the slots of a layer that sees the time: a modulation for each norm, and the gates."""
+    query, key, value = raw["qkv"].chunk(3)
+    plain = {slot: raw[slot] for slot in ("norm1", "out", "norm2", "up", "up_bias", "down", "down_bias")}
+    pieces: dict[str, Tensor] = {}
+    for ending in ("", "_bias"):
+        shift1, scale1, gate1, shift2, scale2, gate2 = raw[f"modulation{ending}"].chunk(6)
+        pieces[f"norm1_modulation{ending}"] = torch.cat((shift1, scale1))
+        pieces[f"norm2_modulation{ending}"] = torch.cat((shift2, scale2))
+        pieces[f"gate1{ending}"], pieces[f"gate2{ending}"] = gate1, gate2
+    return {**plain, "q": query, "k": key, "v": value, **pieces}
+
+
+def time_table(sigma: float) -> Tensor:  # [256]
+    """The numbers that describe a noise level, in float64."""
+    half = TIME_WIDTH // 2
+    angle = sigma * torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half)
+    return torch.cat((angle.cos(), angle.sin()))
 
 
 def fold_norm(raw: Mapping[str, Tensor], conditioning: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding, gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
+from dllm_export.exporter.folding import time_table
 from dllm_export.exporter.pack import save_tensors
 from dllm_export.graphs.families import ModelConfig
 from dllm_export.runtime.rope import rotary_tables
@@ -21,6 +22,8 @@ FILE = "probe.safetensors"
 ROWS = 8
 TOP = 8
 HEAD_PIECE = 512
+PROBE_SIGMA = 0.5
+"""Noise level of the probe, for models that see one."""
 
 
 class Probe:
@@ -33,6 +36,7 @@ class Probe:
         tokens[ROWS // 2 :] = config.tokens.mask
         self._tokens = torch.from_numpy(tokens)
         self._conditioning: torch.Tensor | None = None
+        self._sigma = 0.0
         self._states: list[torch.Tensor] = []
         self._results: dict[str, torch.Tensor] = {}
 
@@ -40,9 +44,10 @@ class Probe:
         """Start from the embedding rows."""
         self._states = [embedding(self._tokens, table).float() * self._config.shape.embedding_scale]
 
-    def condition(self, conditioning: torch.Tensor | None) -> None:
-        """What the norms are modulated by, where they are."""
+    def condition(self, conditioning: torch.Tensor | None, sigma: float) -> None:
+        """What the norms are modulated by, where they are, and the noise level that it came from."""
         self._conditioning = conditioning if conditioning is None else conditioning.float()
+        self._sigma = sigma
 
     def run_layer(self, raw: dict[str, torch.Tensor]) -> None:
         """One layer from its tensors by canonical slot, [out, in] as stored."""
@@ -79,14 +84,15 @@ class Probe:
             logits[:, start : start + len(piece)] = rows @ buffer[: len(piece)].copy_(piece).T
         if "head_bias" in raw:
             logits += raw["head_bias"].float()
-        logits = logits * self._config.shape.logits_scale
+        logits = logits * self._config.shape.logits_scale + self._config.logit_offset
         top = torch.topk(logits, min(TOP, logits.shape[-1]), dim=-1)
         self._results = {"top_tokens": top.indices.int(), "top_logits": top.values}
 
     def save(self, root: Path) -> str:
         """Write the activations; returns the file's name in the bundle."""
         states = torch.stack(self._states)
-        save_tensors({"tokens": self._tokens.int(), "hidden": states, **self._results}, root / FILE)
+        time = {"time": time_table(self._sigma).float()} if self._config.shape.conditioning else {}
+        save_tensors({"tokens": self._tokens.int(), "hidden": states, **time, **self._results}, root / FILE)
         return FILE
 
     def _modulation(self, raw: dict[str, torch.Tensor], slot: str, count: int) -> tuple[torch.Tensor, ...]:

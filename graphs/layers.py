@@ -19,7 +19,21 @@ def normalize(ops: Ops[T], shape: ModelShape, x: T, weights: Mapping[str, T], na
         if shape.norm == "layer":
             wide = ops.sub(wide, ops.mean(wide))
         wide = ops.mul(wide, ops.rsqrt(ops.mean(ops.mul(wide, wide)), shape.norm_eps))
-    return add_bias(ops, ops.mul(ops.narrow(wide, x), weights[name]), weights, name)
+    scaled = add_bias(ops, ops.mul(ops.narrow(wide, x), weights[name]), weights, name)
+    if f"{name}_modulation" not in weights:
+        return scaled
+    shift, scale = ops.split(condition(ops, weights, f"{name}_modulation"), (shape.hidden, shape.hidden))
+    return ops.add(ops.add(scaled, ops.mul(scaled, scale)), shift)
+
+
+def condition(ops: Ops[T], weights: Mapping[str, T], name: str) -> T:  # -> [B, 1, out]
+    """A linear map of what the time conditions a sequence by."""
+    return ops.unsqueeze(project(ops, weights["condition"], weights, name), 1)
+
+
+def pass_gate(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:  # [B, N, D] -> [B, N, D]
+    """A branch's rows times what the time lets through, where it gates them."""
+    return ops.mul(x, condition(ops, weights, name)) if name in weights else x
 
 
 def add_bias(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:
@@ -84,9 +98,9 @@ def finish_rows(
     value = ops.split_heads(value, shape.kv_heads, shape.head_dim)
     with ops.scope("attention"):
         mixed = ops.merge_heads(ops.attention(query, key, value, mask))
-    attended = ops.matmul(mixed, weights["out"])
+    attended = pass_gate(ops, ops.matmul(mixed, weights["out"]), weights, "gate1")
     inner = normalize(ops, shape, ops.add(hidden, attended), weights, "norm2")
-    return ops.add(attended, run_mlp(ops, shape, inner, weights))
+    return ops.add(attended, pass_gate(ops, run_mlp(ops, shape, inner, weights), weights, "gate2"))
 
 
 def run_mlp(ops: Ops[T], shape: ModelShape, x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, D]

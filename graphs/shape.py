@@ -45,6 +45,10 @@ class ModelShape:
     tied_head: bool = False
     norm: NormKind = "rms"
     mlp_kind: MlpKind = "swiglu"
+    block: int = 0
+    """Rows of a block, where a row sees its own block and those before it; 0 where every row sees all."""
+    conditioning: int = 0
+    """Width of what the time conditions norms and gates by in every step; 0 where a model does not see the time."""
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     indicator_rank: int = 0

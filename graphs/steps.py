@@ -12,6 +12,7 @@ from dllm_export.graphs.layers import (
     finish_rows,
     hand_over,
     normalize,
+    project,
     project_query_key,
     project_value,
     put_rows,
@@ -19,6 +20,17 @@ from dllm_export.graphs.layers import (
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.picking import list_picked, measure_drift, pick_layer, pick_rows, put_picked, rotary_rows
 from dllm_export.graphs.shape import ModelShape
+
+TIME_WIDTH = 256
+"""Numbers that describe a noise level: half cosines, half sines."""
+
+
+def condition_time(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """The table of each sequence's noise level -> what it conditions all norms and gates by."""
+    x = ops.narrow(t["time"], t["time1"])
+    for name in ("time1", "time2"):
+        x = ops.silu(project(ops, x, t, name))
+    return {"condition_out": x}
 
 
 def embed(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:

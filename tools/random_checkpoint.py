@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import TensorNames, dit, huggingface, layer_slots, llada
 from dllm_export.graphs.families.family import MODULATED_SLOTS
-from dllm_export.tools.dit_config import mdlm_config
+from dllm_export.tools.dit_config import bd3lm_config, mdlm_config, sedd_config
 from dllm_export.tools.huggingface_config import huggingface_config
 from dllm_export.tools.llada_config import llada_config
 
@@ -52,8 +52,12 @@ def checkpoint_config(family: str, shape: ModelShape, *, mask: int, end: int) ->
     """config.json of a family with the sizes and flags of this shape."""
     if family == "llada":
         return llada_config(shape, mask=mask, end=end)
+    if family == "bd3lm":
+        return bd3lm_config(shape, conditioning=CONDITIONING, mask=mask, end=end)
     if family == "mdlm":
         return mdlm_config(shape, conditioning=CONDITIONING, mask=mask, end=end)
+    if family == "sedd":
+        return sedd_config(shape, conditioning=CONDITIONING, end=end)
     return huggingface_config(family, shape, mask=mask, end=end)
 
 
@@ -75,8 +79,8 @@ def write_shards(directory: Path, tensors: Mapping[str, Tensor], count: int) -> 
 
 def tensor_names(family: str) -> TensorNames:
     """What the family's checkpoints call their tensors."""
-    if family == "mdlm":
-        return dit.tensor_names("backbone.")
+    if family in ("mdlm", "bd3lm", "sedd"):
+        return dit.tensor_names("" if family == "sedd" else "backbone.")
     return llada.tensor_names(1) if family == "llada" else huggingface.NAMES
 
 

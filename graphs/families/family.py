@@ -114,6 +114,8 @@ class ModelConfig:
     """Text of the end-of-turn token; its id comes from the tokenizer."""
     conditioning: int = 0
     """Width of what the time conditions the norms by; 0 where no norm is modulated."""
+    logit_offset: float = 0.0
+    """Added to all logits: a constant of what a model's output means."""
     tokenizer: str = ""
     """Whose tokenizer it is, where checkpoints of the family are published without one."""
     assumed: tuple[str, ...] = field(default=())
@@ -137,6 +139,8 @@ class Marks:
     architectures: tuple[str, ...] = ()
     """Patterns of architectures[0]; the first one is a name in full."""
     model_types: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """Files of a checkpoint without a config.json."""
     confirm: Callable[[Source], bool] = confirm_always
     """Tells apart families that share an architecture or a model type."""
 

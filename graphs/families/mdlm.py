@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dllm_export.errors import CheckpointError
-from dllm_export.graphs.families.dit import read_shape, tensor_names
+from dllm_export.graphs.families.dit import TOKENIZER, read_shape, tensor_names
 from dllm_export.graphs.families.family import (
     Family,
     Marks,
@@ -17,7 +17,6 @@ from dllm_export.graphs.families.special_tokens import ReleasedTokens, read_toke
 
 RELEASED = ReleasedTokens(title="MDLM", vocab=50258, mask=50257, eos=50256, pad=50256)
 KEYS = {"width": "hidden_dim", "layers": "n_blocks", "heads": "n_heads", "length": "model_length"}
-TOKENIZER = "GPT-2's (openai-community/gpt2)"
 CONDITIONING = 129
 """Default of the published configuration class; released files state 128."""
 
@@ -28,7 +27,7 @@ def read_config(source: Source) -> ModelConfig:
     if read(raw, "time_conditioning", bool, False):
         raise CheckpointError(
             "config.json: 'time_conditioning' is true: the noise level would change every layer in every step; only models "
-            "that do not see it are supported (no released MDLM does)"
+            "that do not see it are supported (none that was released does)"
         )
     shape = read_shape(raw, KEYS, read_size(raw, "vocab_size"))
     tokens, assumed = read_tokens(source, shape.vocab, RELEASED)
@@ -36,7 +35,7 @@ def read_config(source: Source) -> ModelConfig:
         family="mdlm",
         shape=shape,
         tokens=tokens,
-        sampler=SamplerDefaults(gen_length=128, block_length=128),
+        sampler=SamplerDefaults(gen_length=128, block_length=128, temperature=1.0, transfer="ddpm-cache"),
         names=tensor_names("backbone."),
         conditioning=read_size(raw, "cond_dim", CONDITIONING),
         tokenizer=TOKENIZER,

@@ -1,4 +1,4 @@
-"""MDLM's checkpoints: the modulated layers that they store, folded, are the layers that they describe."""
+"""MDLM's and SEDD's checkpoints: layers that the time modulates, folded where it is always the same, in pieces elsewhere."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dllm_export.errors import CheckpointError, UsageError
+from dllm_export.errors import CheckpointError, IncompatibleError, UsageError
+from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.checkpoint import expected_tensors, open_checkpoint
-from dllm_export.exporter.folding import condition, fold_layer, fold_norm
+from dllm_export.exporter.folding import condition, fold_layer, fold_norm, split_layer, time_table
+from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
+from dllm_export.exporter.plans import build_plan
+from dllm_export.exporter.ranges import make_profiles
 from dllm_export.exporter.verify import Check, check_probe, verify
-from dllm_export.exporter.weights import fuse_layer
-from dllm_export.graphs import ModelShape, graph_specs
+from dllm_export.exporter.weights import fuse_layer, transpose
+from dllm_export.graphs import ModelShape, graph_specs, with_stages
 from dllm_export.graphs.families import Source, SpecialTokens, detect_family
 from dllm_export.graphs.torch_ops import TorchOps
 from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.session import SessionOptions, open_session
+from dllm_export.runtime.tensorrt.library import load_tensorrt
 from dllm_export.tools.demo_checkpoint import byte_tokenizer
 from dllm_export.tools.eager_dit import EagerDit, load_eager_dit
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
@@ -70,6 +77,12 @@ PARAMETERS = 169_627_218
 def mdlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights; not to be written to."""
     return write_random_checkpoint(tmp_path_factory.mktemp("mdlm") / "model", SHAPE, family="mdlm")
+
+
+@pytest.fixture(scope="module")
+def sedd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the family that sees the noise level; not to be written to."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("sedd") / "model", SHAPE, family="sedd")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +132,59 @@ def test_a_configuration_that_no_release_has_is_refused_by_key(changes: dict[str
         read(**changes)
 
 
+# louaaron/sedd-small's file, without its training settings.
+SEDD: dict[str, Any] = {
+    "graph": {"file": "data", "report_all": False, "type": "absorb"},
+    "model": {
+        "cond_dim": 128,
+        "dropout": 0.1,
+        "hidden_size": 768,
+        "length": 1024,
+        "n_blocks": 12,
+        "n_heads": 12,
+        "name": "small",
+        "scale_by_sigma": True,
+        "type": "ddit",
+    },
+    "noise": {"sigma_max": 20, "sigma_min": 0.0001, "type": "loglinear"},
+    "tokens": 50257,
+}
+
+
+def read_sedd(part: str = "model", **changes: object) -> Any:
+    raw = {**SEDD, part: {**SEDD[part], **changes}}
+    source = Source(config=raw)
+    return detect_family(source).read_config(source)
+
+
+def test_a_nested_configuration_is_sedd() -> None:
+    config = read_sedd()
+    assert (config.family, config.conditioning, config.shape.conditioning) == ("sedd", 128, 128)
+    assert config.tokens == SpecialTokens(mask=50257, eos=50256, pad=50256)
+    expected = expected_tensors(config)
+    assert sum(int(np.prod(shape)) for shape in expected.values()) == PARAMETERS
+    assert "vocab_embed.embedding" in expected
+
+
+def test_the_medium_model_is_the_published_one() -> None:
+    config = read_sedd(hidden_size=1024, n_blocks=24, n_heads=16, name="medium")
+    assert sum(int(np.prod(shape)) for shape in expected_tensors(config).values()) == 424_477_010
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "what"),
+    [
+        ("graph", {"type": "uniform"}, "'graph.type' is 'uniform', expected 'absorb': every token may change"),
+        ("noise", {"type": "geometric"}, "'noise.type' is 'geometric'"),
+        ("model", {"scale_by_sigma": False}, "'model.scale_by_sigma' is False"),
+        ("model", {"cond_dim": None}, "no 'cond_dim'"),
+    ],
+)
+def test_a_sedd_that_cannot_be_sampled_is_refused_by_key(part: str, changes: dict[str, object], what: str) -> None:
+    with pytest.raises(CheckpointError, match=what):
+        read_sedd(part, **changes)
+
+
 # -- folding
 def raw_tensors(path: Path) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Tensors of every layer, and those outside, by slot and in float64."""
@@ -135,6 +201,12 @@ def raw_tensors(path: Path) -> tuple[list[dict[str, torch.Tensor]], dict[str, to
     return layers, others
 
 
+def rotary() -> dict[str, torch.Tensor]:
+    """Tables in double precision: the runtime's angles are float32, as the published ones are."""
+    angle = torch.arange(11.0).double()[:, None] * 1e4 ** (-torch.arange(0, 8, 2).double() / 8)
+    return {"cos": angle.cos().expand(2, -1, -1), "sin": angle.sin().expand(2, -1, -1)}
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.75])
 def test_folded_layers_equal_the_published_formula_in_double_precision(
     sigma: float, mdlm: Path, eager: EagerDit
@@ -144,17 +216,15 @@ def test_folded_layers_equal_the_published_formula_in_double_precision(
     conditioning = condition(others, sigma)
     torch.testing.assert_close(conditioning, eager.condition(torch.tensor([sigma]))[0], rtol=0, atol=1e-14)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, SHAPE.vocab, (2, 11)))
-    # Tables in double precision: the runtime's angles are float32, as the published ones are.
-    angle = torch.arange(11.0).double()[:, None] * 1e4 ** (-torch.arange(0, 8, 2).double() / 8)
-    cos, sin = (table.expand(2, -1, -1) for table in (angle.cos(), angle.sin()))
-    context = {"cos": cos, "sin": sin, "mask": torch.ones(2, 11, dtype=torch.bool)}
+    context = {**rotary(), "mask": torch.ones(2, 11, dtype=torch.bool)}
     specs, ops = graph_specs(SHAPE), TorchOps()
     hidden = specs["embed"].function(ops, SHAPE, {"tokens": tokens, "embedding": others["embedding"]})["hidden_out"]
     for raw in layers:
         weights = fuse_layer(fold_layer(raw, conditioning))
         assert weights.keys() == {weight.name for weight in specs["layer_full"].weights}
         hidden = specs["layer_full"].function(ops, SHAPE, {"hidden": hidden, **context, **weights})["hidden_out"]
-    top = {**others, **fold_norm(others, conditioning)}
+    plain = {slot: tensor for slot, tensor in others.items() if "modulation" not in slot}
+    top = {**plain, **fold_norm(others, conditioning)}
     inputs = {"hidden": hidden, "index": torch.arange(11).expand(2, 11), "bias": torch.zeros(SHAPE.vocab)}
     found = specs["head"].function(ops, SHAPE, {**inputs, **top})
     logits = eager.forward(tokens, torch.full((2,), sigma))
@@ -172,7 +242,63 @@ def test_a_gate_that_was_left_out_would_be_seen(mdlm: Path, eager: EagerDit) -> 
     assert (folded["down_bias"] - other["down_bias"]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("sigma", [0.25, 3.0])
+def test_layers_that_see_the_noise_level_equal_the_published_formula_in_double_precision(
+    sigma: float, sedd: Path
+) -> None:
+    """The pieces of one layer's modulation, each in its place: every noise level comes out right from the same weights."""
+    shape, model = open_checkpoint(sedd).config.shape, load_eager_dit(sedd)
+    layers, others = raw_tensors(sedd)
+    ops, specs = TorchOps(), graph_specs(shape)
+    time = {slot: transpose(tensor) for slot, tensor in others.items() if slot.startswith("time")}
+    table = time_table(sigma).expand(2, -1)
+    timed = {"condition": specs["condition"].function(ops, shape, {"time": table, **time})["condition_out"]}
+    torch.testing.assert_close(timed["condition"], model.condition(torch.full((2,), sigma)), rtol=0, atol=1e-14)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, shape.vocab, (2, 11)))
+    hidden = others["embedding"][tokens]
+    context = {**rotary(), "mask": torch.ones(2, 11, dtype=torch.bool), **timed}
+    for raw in layers:
+        weights = fuse_layer(split_layer(raw))
+        assert weights.keys() == {weight.name for weight in specs["layer_full"].weights}
+        hidden = specs["layer_full"].function(ops, shape, {"hidden": hidden, **context, **weights})["hidden_out"]
+    inputs = {"hidden": hidden, "index": torch.arange(11).expand(2, 11), "bias": torch.zeros(shape.vocab), **timed}
+    top = {**others, "norm_modulation": others["norm_modulation"].T}
+    found = specs["head"].function(ops, shape, {**inputs, **top})
+    logits = model.forward(tokens, torch.full((2,), sigma))
+    torch.testing.assert_close(found["logsumexp"], logits.logsumexp(-1), rtol=0, atol=1e-12)
+
+
 # -- bundles
+@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, conditioning=16)], ids=["mdlm", "sedd"])
+def test_tensorrt_builds_every_graph(shape: ModelShape) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
+    library, options = load_tensorrt("tensorrt-rtx"), BuildOptions(flavour="tensorrt-rtx", sm="8.9")
+    for name, spec in with_stages(graph_specs(replace(shape, indicator_rank=8))).items():
+        graph = build_onnx(spec, replace(shape, indicator_rank=8), "float16").SerializeToString()
+        profiles = make_profiles("tensorrt-rtx", spec, shape.max_length, options)
+        assert build_plan(library, graph, spec, "float16", profiles, ("8.9",))[0], name
+
+
+def test_an_export_that_sees_the_noise_level_verifies(sedd: Path, tmp_path: Path) -> None:
+    bundle = export(sedd, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
+    report = verify(bundle)
+    assert report.passed
+    assert {"graph condition", "probe onnxruntime: head"} < {check.name for check in report.checks}
+    assert bundle.manifest.architecture == "sedd"
+
+
+@pytest.mark.parametrize("form", ["embedded", "float16"])
+def test_other_forms_of_the_export_verify(form: str, sedd: Path, mdlm: Path, tmp_path: Path) -> None:
+    half = form == "float16"
+    for name, path in (("mdlm", mdlm), ("sedd", sedd)):
+        options = ExportOptions(
+            no_tokenizer=True, dtype="float16" if half else "float32", weights="bound" if half else "embedded"
+        )
+        bundle = export(path, tmp_path / name, options)
+        with closing(open_session(bundle, SessionOptions())) as session:
+            assert all(check.passed for check in check_probe(bundle, session, "onnxruntime", 5e-2 if half else 2e-3))
+
+
 def test_an_export_verifies_against_the_unfolded_probe(mdlm: Path, tmp_path: Path) -> None:
     bundle = export(mdlm, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
     report = verify(bundle)
@@ -210,6 +336,56 @@ def test_the_probe_tells_a_bundle_of_other_constants(tensor: str, mdlm: Path, tm
 def verify_probe(bundle: Bundle) -> list[Check]:
     with closing(open_session(bundle, SessionOptions(provider="torch"))) as session:
         return list(check_probe(bundle, session, "torch", 2e-3))
+
+
+# -- BD3-LM
+@pytest.fixture
+def bd3lm(tmp_path: Path) -> Path:
+    """A checkpoint with the buffers that its class stores beside the weights."""
+    path = write_random_checkpoint(tmp_path / "bd3lm", replace(SHAPE, block=4), family="bd3lm")
+    tensors = load_file(path / "model.safetensors")
+    buffers = {"sampling_eps_min": torch.tensor(1e-3), "backbone.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**tensors, **buffers}, path / "model.safetensors")
+    return path
+
+
+def test_bd3lm_is_exported_and_its_graphs_verify(bd3lm: Path, tmp_path: Path) -> None:
+    bundle = export(bd3lm, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
+    assert (bundle.manifest.family, bundle.manifest.shape.block) == ("bd3lm", 4)
+    report = verify(bundle)
+    assert report.passed
+    assert report.checks[-1].detail.startswith("left out: generation does not attend by blocks")
+
+
+def test_bd3lm_refuses_to_generate_and_says_why(bd3lm: Path, tmp_path: Path) -> None:
+    bundle = export(bd3lm, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
+    with (
+        DiffusionLM.from_pretrained(bundle.path) as model,
+        pytest.raises(IncompatibleError, match="attends by blocks of 4 rows"),
+    ):
+        model.run(model.continuation([[1, 2]], GenerationOptions(gen_length=4)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"causal": True}, {"adaln": False}, {"block_size": 0}, {"time_conditioning": True}]
+)
+def test_a_bd3lm_that_no_release_is_is_refused(changes: dict[str, object], bd3lm: Path) -> None:
+    raw = {**json.loads((bd3lm / "config.json").read_text()), **changes}
+    source = Source(config=raw)
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        detect_family(source).read_config(source)
+
+
+# -- Plaid
+def test_plaid_is_recognised_by_its_files_and_refused_with_the_reason(
+    tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    (tmp_path / "plaid").mkdir()
+    for name in ("model.pt", "embedding_matrix.pt", "noise_schedule.pt", "gamma_bounds.pt"):
+        (tmp_path / "plaid" / name).write_bytes(b"never opened")
+    assert "Plaid-1B is recognised but not supported: it diffuses embeddings" in refuse(
+        tmp_path / "plaid", CheckpointError
+    )
 
 
 # -- tokenizer

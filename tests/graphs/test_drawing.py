@@ -91,6 +91,15 @@ def test_the_ends_of_the_interval_are_the_first_and_the_last_token_with_weight()
     assert draw(weights, np.array([[[0, 0], [LAST, LAST]]])).tolist() == [[5, 66]]
 
 
+def test_tokens_of_all_groups_are_drawn_as_often_as_their_weights_say() -> None:
+    rng = np.random.default_rng(1)
+    weights, uniform = rng.exponential(size=16), rng.integers(0, 2**23, (1, 40_000, 2)) / 2**23
+    counts = np.bincount(draw(np.tile(weights, (1, 40_000, 1)), uniform)[0], minlength=16)
+    expected = 40_000 * weights / weights.sum()
+    # Chi-square with 15 degrees of freedom exceeds 37.70 once in 1000 seeds.
+    assert ((counts - expected) ** 2 / expected).sum() < 37.70
+
+
 def test_rare_tokens_are_drawn_as_often_as_their_weights_say() -> None:
     """A group of weight 1e-6 all told: its members differ by factors, which one number of 23 bits could not tell apart."""
     weights = np.zeros((1, 20_000, 16), np.float32)
