@@ -207,7 +207,7 @@ def compare_generation(
     if longest < 8:
         raise IntegrityError(f"the model takes {shape.max_length} tokens, too few for a trial generation of 24")
     prompts = [rng.choice(usable, length).tolist() for length in (longest, longest - 7)]
-    options = GenerationOptions(gen_length=16, block_length=8)
+    options = GenerationOptions(gen_length=16, block_length=8, temperature=0.0)
     runs = []
     for session in (reference, candidate):
         model = DiffusionLM(bundle, session)

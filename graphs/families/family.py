@@ -77,10 +77,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerDefaults:
-    """The family's own sampling defaults."""
+    """The family's own sampling defaults, for whoever does not say otherwise."""
 
     gen_length: int
     block_length: int
+    temperature: float = 0.0
+    transfer: str = "quota"
+    """Name of the decoding rule, which then has its own default settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
