@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from dllm_export.errors import CheckpointError, IntegrityError
 from dllm_export.exporter.json_file import read_json
 from dllm_export.exporter.token_files import find_token
-from dllm_export.graphs.families import ModelConfig, Source, detect_family, layer_slots
+from dllm_export.graphs.families import ModelConfig, Source, detect_family, refuse_other_layouts
+from dllm_export.graphs.steps import TIME_WIDTH
 from dllm_export.runtime.safetensors_file import read_header
 
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-"""Buffers that some checkpoints store and that are recomputed from the configuration."""
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
+"""Buffers that some checkpoints store and that are recomputed from the configuration, or that only training reads."""
 
 FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,14 +65,25 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, *, family: str | None = None, mask_id: int | None = None, layers: int | None = None
+    path: Path,
+    *,
+    family: str | None = None,
+    mask_id: int | None = None,
+    layers: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Checkpoint:
-    """Read configuration and headers only. `layers` keeps the first few layers of a deeper model."""
+    """Read configuration and headers only.
+
+    `layers` keeps the first few layers of a deeper model; `tokenizer` is where the tokenizer's files are, if not there too.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the local directory of a downloaded model")
+    if not (path / "config.json").is_file():
+        refuse_other_layouts(file.name for file in path.iterdir())
     raw = read_json(path / "config.json")
     shards, shapes = find_shards(path)
-    source = Source(config=raw, tensors=frozenset(shapes), mask_id=mask_id, find_token=partial(find_token, path))
+    finder = partial(find_token, tokenizer or path)
+    source = Source(config=raw, tensors=frozenset(shapes), mask_id=mask_id, find_token=finder)
     config = detect_family(source, family).read_config(source)
     expected = expected_tensors(config)
     unused = {config.names.head} if config.shape.tied_head else set()
@@ -105,16 +117,22 @@ def truncate(config: ModelConfig, layers: int) -> ModelConfig:
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape, as PyTorch stores it, of every tensor the model consists of."""
-    shape, names = config.shape, config.names
+    shape, names, width = config.shape, config.names, config.conditioning
     query, kv, d, mlp = shape.query_width, shape.key_width, shape.hidden, shape.mlp
     in_layer: dict[str, tuple[int, ...]] = {
         "norm1": (d,), "q": (query, d), "k": (kv, d), "v": (kv, d), "out": (d, query), "norm2": (d,),
         "gate": (mlp, d), "up": (mlp, d), "down": (d, mlp), "q_bias": (query,), "k_bias": (kv,), "v_bias": (kv,),
-        "q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,),
+        "q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,), "qkv": (query + 2 * kv, d),
+        "up_bias": (mlp,), "down_bias": (d,), "modulation": (6 * d, width), "modulation_bias": (6 * d,),
     }  # fmt: skip
-    slots = layer_slots(shape)
-    expected = {names.in_layer(slot, layer): in_layer[slot] for layer in range(shape.layers) for slot in slots}
+    others: dict[str, tuple[int, ...]] = {
+        "head_bias": (shape.vocab,), "norm_modulation": (2 * d, width), "norm_modulation_bias": (2 * d,),
+        "time1": (width, TIME_WIDTH), "time1_bias": (width,), "time2": (width, width), "time2_bias": (width,),
+    }  # fmt: skip
+    layers, slots = range(shape.layers), config.layer_slots
+    expected = {names.in_layer(slot, layer): in_layer[slot] for layer in layers for slot in slots}
     expected |= {names.embedding: (shape.vocab, d), names.norm: (d,)}
+    expected |= {name: others[slot] for slot, name in names.others.items()}
     return expected if shape.tied_head else {**expected, names.head: (shape.vocab, d)}
 
 

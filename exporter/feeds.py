@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_export.graphs.steps import TIME_WIDTH
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.safetensors_file import SafetensorsFile
@@ -54,6 +55,10 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "credit_decay": np.array([0.8]),
         "credit_power": np.array([0.2]),
         "credit_weight": np.array([0.7]),
+        "condition": rng.standard_normal((BATCH, shape.conditioning)),
+        "time": np.cos(np.linspace(0, 3, TIME_WIDTH) * np.array([[1.0], [2.0]])),
+        "sharpness": np.array([1.0]),
+        "uniform": rng.integers(0, 2**23, (BATCH, BUDGET, 2)) / 2**23,
     }
     feeds = {}
     for tensor in spec.inputs:

@@ -118,6 +118,12 @@ class OnnxOps:
     def silu(self, x: Value) -> Value:
         return self.mul(x, self._node("Sigmoid", (x,), x.type, x.dims))
 
+    def gelu(self, x: Value) -> Value:
+        # In float16 a square or a cube may overflow to infinity: tanh is then 1 or -1, as it would be.
+        cube = self.mul(self.scale(self.mul(x, x), 0.044715), x)
+        bend = self._node("Tanh", (self.scale(self.add(x, cube), (2 / np.pi) ** 0.5),), x.type, x.dims)
+        return self.mul(self.scale(x, 0.5), self.add(bend, self._scalar(x.type, 1.0)))
+
     def relu(self, x: Value) -> Value:
         return self._node("Relu", (x,), x.type, x.dims)
 
@@ -133,6 +139,9 @@ class OnnxOps:
 
     def both(self, left: Value, right: Value) -> Value:
         return self._binary("And", left, right)
+
+    def exceeds(self, left: Value, right: Value) -> Value:
+        return self._binary("Greater", left, right, TensorProto.BOOL)
 
     def matches(self, left: Value, right: Value) -> Value:
         return self._binary("Equal", left, right, TensorProto.BOOL)
@@ -210,10 +219,13 @@ class OnnxOps:
     def split(self, x: Value, sizes: tuple[int, ...]) -> tuple[Value, ...]:
         pieces, start = [], 0
         for size in sizes:
-            bounds = (self._int64(start), self._int64(start + size), self._int64(len(x.dims) - 1))
-            pieces.append(self._node("Slice", (x, *bounds), x.type, (*x.dims[:-1], size)))
+            pieces.append(self.piece(x, start, start + size))
             start += size
         return tuple(pieces)
+
+    def piece(self, x: Value, start: int, stop: int) -> Value:
+        bounds = (self._int64(start), self._int64(stop), self._int64(len(x.dims) - 1))
+        return self._node("Slice", (x, *bounds), x.type, (*x.dims[:-1], stop - start))
 
     def concat(self, pieces: tuple[Value, ...]) -> Value:
         width = sum(int(piece.dims[-1]) for piece in pieces)
@@ -237,8 +249,11 @@ class OnnxOps:
         inputs = (x, self._constant(np.array(index, np.int64)))
         return self._node("Gather", inputs, x.type, x.dims[:-1], axis=len(x.dims) - 1)
 
-    def positions(self, x: Value) -> Value:
-        return self._cast(self._range(self._size(x, 1), x.dims[1]), TensorProto.INT32)
+    def positions(self, x: Value, axis: int = 1) -> Value:
+        return self._cast(self._range(self._size(x, axis), x.dims[axis]), TensorProto.INT32)
+
+    def take_last(self, x: Value, index: Value) -> Value:
+        return self._node("GatherElements", (x, index), x.type, index.dims, axis=len(x.dims) - 1)
 
     def take_rows(self, rows: Value, index: Value) -> Value:
         return self.take_flat(rows, self.add(index, self._row_offsets(rows)))

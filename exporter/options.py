@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from dllm_export.errors import UsageError
@@ -27,6 +28,7 @@ class ExportOptions:
         128,
         "width of the change indicator that --policy spa picks rows by, at most the width of a key; 0 leaves it out",
     )
+    tokenizer: Path | None = option(None, "directory of the tokenizer's files, where the model's own has none")
     no_tokenizer: bool = option(False, "export without a tokenizer; the bundle then works on token ids")
     force: bool = option(False, "replace an existing bundle")
 
@@ -34,5 +36,7 @@ class ExportOptions:
         for name, known in (("dtype", get_args(ExportType)), ("weights", get_args(WeightsForm))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)!r}, expected one of: {', '.join(known)}")
+        if self.tokenizer is not None and self.no_tokenizer:
+            raise UsageError("--tokenizer and --no-tokenizer contradict each other; drop one of them")
         if self.indicator_rank < 0:
             raise UsageError(f"--indicator-rank is {self.indicator_rank}, expected 0 (no indicator) or more")

@@ -42,7 +42,13 @@ def export(
 ) -> Bundle:
     """Export a model directory and return the verified bundle."""
     report = progress or (lambda what, step, steps: None)
-    checkpoint = open_checkpoint(model, family=options.family, mask_id=options.mask_id, layers=options.num_layers)
+    checkpoint = open_checkpoint(
+        model,
+        family=options.family,
+        mask_id=options.mask_id,
+        layers=options.num_layers,
+        tokenizer=options.tokenizer,
+    )
     checkpoint = replace(checkpoint, config=add_indicator(checkpoint.config, options.indicator_rank))
     require_space(target, checkpoint.config.shape.weight_count * ITEM_SIZE[options.dtype])
     steps = checkpoint.config.shape.layers + 3
@@ -56,7 +62,9 @@ def export(
         embedded = write_embedded(checkpoint, options.dtype, stored, root) if options.weights == "embedded" else {}
         report("graphs", steps - 1, steps)
         tokenizer, end_of_turn = (
-            (None, None) if options.no_tokenizer else write_tokenizer(model, checkpoint.config, root)
+            (None, None)
+            if options.no_tokenizer
+            else write_tokenizer(options.tokenizer or model, checkpoint.config, root)
         )
         manifest = Manifest(
             format=FORMAT,
@@ -76,7 +84,7 @@ def export(
             tokenizer=tokenizer,
             probe=probe.save(root),
             assumed=checkpoint.config.assumed,
-            source=_source_digests(model),
+            source=_source_digests(model, options.tokenizer or model),
             tools=_tool_versions(),
             files=list_files(root),
         )
@@ -128,16 +136,13 @@ def _place(root: Path, file: str, tensor: str) -> ExternalTensor:
     return ExternalTensor(location=Path(file).name, offset=entry.offset, length=entry.length)
 
 
-def _source_digests(model: Path) -> dict[str, str]:
-    names = (
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "model.safetensors.index.json",
-        "pytorch_model.bin.index.json",
-    )
-    return {name: file_digest(model / name) for name in names if (model / name).is_file()}
+def _source_digests(model: Path, tokenizer: Path) -> dict[str, str]:
+    files = [
+        model / "config.json",
+        *(tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+        *(model / f"{stem}.index.json" for stem in ("model.safetensors", "pytorch_model.bin")),
+    ]
+    return {file.name: file_digest(file) for file in files if file.is_file()}
 
 
 def _tool_versions() -> dict[str, str]:

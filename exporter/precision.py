@@ -11,9 +11,9 @@ from dllm_export.runtime.tensorrt.library import TensorRt
 if TYPE_CHECKING:
     import tensorrt as trt
 
-PINNED_LAYERS = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION")
-"""Kinds of layers that compute; casts, constants, shuffles and shapes are only hints to a weakly typed builder, and
-setting a precision on a cast conflicts with the cast itself."""
+PINNED_LAYERS = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION", "SLICE", "CONCATENATION")
+"""Kinds of layers that compute, and those that running sums pass through; casts, constants, shuffles and shapes are only
+hints to a weakly typed builder, and setting a precision on a cast conflicts with the cast itself."""
 
 PINNED_SCOPES = ("norm", "drift", "statistics")
 """Islands whose sums leave the range of float16. Rotary embedding and score masks stay unpinned: in float16 they round as

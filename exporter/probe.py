@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
+from dllm_export.exporter.folding import time_table
 from dllm_export.exporter.pack import save_tensors
 from dllm_export.graphs.families import ModelConfig
 from dllm_export.runtime.rope import rotary_tables
@@ -21,6 +22,8 @@ FILE = "probe.safetensors"
 ROWS = 8
 TOP = 8
 HEAD_PIECE = 512
+PROBE_SIGMA = 0.5
+"""Noise level of the probe, for models that see one."""
 
 
 class Probe:
@@ -32,6 +35,8 @@ class Probe:
         tokens = rng.integers(0, config.shape.vocab, ROWS)
         tokens[ROWS // 2 :] = config.tokens.mask
         self._tokens = torch.from_numpy(tokens)
+        self._conditioning: torch.Tensor | None = None
+        self._sigma = 0.0
         self._states: list[torch.Tensor] = []
         self._results: dict[str, torch.Tensor] = {}
 
@@ -39,11 +44,19 @@ class Probe:
         """Start from the embedding rows."""
         self._states = [embedding(self._tokens, table).float() * self._config.shape.embedding_scale]
 
+    def condition(self, conditioning: torch.Tensor | None, sigma: float) -> None:
+        """What the norms are modulated by, where they are, and the noise level that it came from."""
+        self._conditioning = conditioning if conditioning is None else conditioning.float()
+        self._sigma = sigma
+
     def run_layer(self, raw: dict[str, torch.Tensor]) -> None:
         """One layer from its tensors by canonical slot, [out, in] as stored."""
         shape, x = self._config.shape, self._states[-1]
         weights = {slot: tensor.float() for slot, tensor in raw.items()}
-        inner = self._norm(x, weights["norm1"])
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(weights, "modulation", 6)
+        inner = self._norm(x, weights["norm1"]) * (1 + scale1) + shift1
+        if "qkv" in weights:
+            weights |= dict(zip("qkv", weights["qkv"].chunk(3), strict=True))
         heads = {}
         for slot, count in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
             projected = inner @ weights[slot].T + weights.get(f"{slot}_bias", torch.zeros(()))
@@ -54,31 +67,49 @@ class Probe:
         repeat = shape.heads // shape.kv_heads
         key, value = (tensor.repeat_interleave(repeat, 0) for tensor in (key, heads["v"]))
         mixed = scaled_dot_product_attention(query, key, value).transpose(0, 1).reshape(ROWS, -1)
-        x = x + mixed @ weights["out"].T
-        inner = self._norm(x, weights["norm2"])
-        x = x + (silu(inner @ weights["gate"].T) * (inner @ weights["up"].T)) @ weights["down"].T
-        self._states.append(x)
+        x = x + gate1 * (mixed @ weights["out"].T)
+        inner = self._norm(x, weights["norm2"]) * (1 + scale2) + shift2
+        self._states.append(x + gate2 * self._mlp(inner, weights))
 
-    def finish(self, norm: torch.Tensor, head: torch.Tensor) -> None:
-        """The most likely tokens of every row."""
-        rows = self._norm(self._states[-1], norm.float())
+    def finish(self, raw: dict[str, torch.Tensor]) -> None:
+        """The most likely tokens of every row, from the tensors of the last norm and the head by slot."""
+        head = raw["head"]
+        shift, scale = self._modulation(raw, "norm_modulation", 2)
+        rows = self._norm(self._states[-1], raw["norm"].float()) * (1 + scale) + shift
         logits = torch.empty(ROWS, len(head))
         # Piece by piece through one buffer: a whole head in float32 would be the largest thing in memory.
         buffer = torch.empty(HEAD_PIECE, head.shape[1])
         for start in range(0, len(head), HEAD_PIECE):
             piece = head[start : start + HEAD_PIECE]
             logits[:, start : start + len(piece)] = rows @ buffer[: len(piece)].copy_(piece).T
-        logits = logits * self._config.shape.logits_scale
+        if "head_bias" in raw:
+            logits += raw["head_bias"].float()
+        logits = logits * self._config.shape.logits_scale + self._config.logit_offset
         top = torch.topk(logits, min(TOP, logits.shape[-1]), dim=-1)
         self._results = {"top_tokens": top.indices.int(), "top_logits": top.values}
 
     def save(self, root: Path) -> str:
         """Write the activations; returns the file's name in the bundle."""
         states = torch.stack(self._states)
-        save_tensors({"tokens": self._tokens.int(), "hidden": states, **self._results}, root / FILE)
+        time = {"time": time_table(self._sigma).float()} if self._config.shape.conditioning else {}
+        save_tensors({"tokens": self._tokens.int(), "hidden": states, **time, **self._results}, root / FILE)
         return FILE
 
+    def _modulation(self, raw: dict[str, torch.Tensor], slot: str, count: int) -> tuple[torch.Tensor, ...]:
+        """Shift, scale and gate of each branch; without modulation what changes nothing."""
+        if self._conditioning is None:
+            return tuple(torch.tensor(number) for number in (0.0, 0.0, 1.0, 0.0, 0.0, 1.0)[:count])
+        return linear(self._conditioning, raw[slot].float(), raw[f"{slot}_bias"].float()).chunk(count)
+
+    def _mlp(self, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        up = linear(x, weights["up"], weights.get("up_bias"))
+        gated = self._config.shape.mlp_kind == "swiglu"
+        inner = silu(x @ weights["gate"].T) * up if gated else gelu(up, approximate="tanh")
+        return linear(inner, weights["down"], weights.get("down_bias"))
+
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self._config.shape.norm == "layer":
+            return layer_norm(x, x.shape[-1:], weight, eps=self._config.shape.norm_eps)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._config.shape.norm_eps) * weight
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:  # [heads, rows, d]

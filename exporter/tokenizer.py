@@ -19,8 +19,14 @@ FILE = "tokenizer/tokenizer.json"
 def write_tokenizer(source: Path, config: ModelConfig, root: Path) -> tuple[TokenizerRecord, int | None]:
     """Merge, check and write the tokenizer; returns its record and the end-of-turn id, if it has one."""
     if not (source / "tokenizer.json").is_file():
+        remedy = "add it, or export"
+        if config.tokenizer:
+            remedy = (
+                f"checkpoints of family {config.family} are published without one and use {config.tokenizer}: pass its "
+                f"directory as --tokenizer, or export"
+            )
         raise CheckpointError(
-            f"tokenizer.json is missing in {source}: add it, or export with --no-tokenizer and work with token ids"
+            f"tokenizer.json is missing in {source}: {remedy} with --no-tokenizer and work with token ids"
         )
     try:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))

@@ -10,11 +10,11 @@ import torch
 
 from dllm_export.errors import CheckpointError
 from dllm_export.exporter.checkpoint import Checkpoint, all_finite
+from dllm_export.exporter.folding import condition, fold_layer, fold_norm, split_layer
 from dllm_export.exporter.pack import save_tensors
-from dllm_export.exporter.probe import Probe
+from dllm_export.exporter.probe import PROBE_SIGMA, Probe
 from dllm_export.exporter.proxy import make_proxy
 from dllm_export.graphs import DType
-from dllm_export.graphs.families import QK_NORM_SLOTS, layer_slots
 from dllm_export.runtime.manifest import WeightRecord
 
 TORCH_TYPES: dict[DType, torch.dtype] = {
@@ -22,9 +22,16 @@ TORCH_TYPES: dict[DType, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+KEPT_SLOTS = (
+    *("norm1_bias", "norm2_bias", "v_bias", "up_bias", "down_bias", "q_norm", "k_norm"),
+    *("norm1_modulation", "norm1_modulation_bias", "gate1", "gate1_bias"),
+    *("norm2_modulation", "norm2_modulation_bias", "gate2", "gate2_bias"),
+)
+"""Weights that a graph has one by one, where a model has them at all."""
 FOLDER = "weights"
 EMBEDDING_FILE = f"{FOLDER}/embedding.safetensors"
 HEAD_FILE = f"{FOLDER}/head.safetensors"
+TIME_FILE = f"{FOLDER}/time.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +54,22 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
     """
     (root / FOLDER).mkdir()
     config, names = checkpoint.config, checkpoint.config.names
-    slots = layer_slots(config.shape)
     with checkpoint.reading() as load:
         probe.embed(load(names.embedding))
+        time = {slot: load(name) for slot, name in names.others.items() if slot.startswith("time")}
+        sigma = PROBE_SIGMA if config.shape.conditioning else 0.0
+        conditioning = condition(time, sigma) if config.conditioning else None
+        probe.condition(conditioning, sigma)
+        model = {}
+        if config.shape.conditioning:
+            model = _save({slot: transpose(tensor) for slot, tensor in time.items()}, dtype, root, TIME_FILE)
     layers = []
     for layer in range(config.shape.layers):
         with checkpoint.reading() as load:
-            raw = {slot: load(names.in_layer(slot, layer)) for slot in slots}
+            raw = {slot: load(names.in_layer(slot, layer)) for slot in config.layer_slots}
             probe.run_layer(raw)
+            if conditioning is not None:
+                raw = split_layer(raw) if config.shape.conditioning else fold_layer(raw, conditioning)
             weights = fuse_layer(raw)
             if config.shape.indicator_rank:
                 weights["proxy"] = make_proxy(raw["v"], config.shape.indicator_rank)
@@ -62,35 +77,51 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
             weights.clear()
             raw.clear()  # or the shard stays mapped
         yield None
-    yield StoredWeights(tuple(layers), _write_model(checkpoint, dtype, root, probe))
+    yield StoredWeights(tuple(layers), model | _write_model(checkpoint, dtype, root, probe, conditioning))
 
 
-def _write_model(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe) -> dict[str, WeightRecord]:
+def _write_model(
+    checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe, conditioning: torch.Tensor | None
+) -> dict[str, WeightRecord]:
     """Embedding and head, one after the other: they are the largest tensors, and both at once would set the peak."""
     names, tied = checkpoint.config.names, checkpoint.config.shape.tied_head
     with checkpoint.reading() as load:
         records = _save({"embedding": load(names.embedding)}, dtype, root, EMBEDDING_FILE)
     with checkpoint.reading() as load:
-        norm, head = load(names.norm), load(names.embedding if tied else names.head)
-        probe.finish(norm, head)
-        return records | _save({"norm": norm} if tied else {"norm": norm, "head": head.T}, dtype, root, HEAD_FILE)
+        raw = {"norm": load(names.norm), "head": load(names.embedding if tied else names.head)}
+        raw |= {slot: load(name) for slot, name in names.others.items() if not slot.startswith("time")}
+        probe.finish(raw)
+        weights = {"norm": raw["norm"]}
+        if checkpoint.config.shape.conditioning:
+            weights |= {slot: transpose(raw[slot]) for slot in ("norm_modulation", "norm_modulation_bias")}
+        elif conditioning is not None:
+            weights = fold_norm(raw, conditioning)
+        weights |= {} if tied else {"head": raw["head"].T}
+        if "head_bias" in raw:
+            weights["head_bias"] = raw["head_bias"].double() + checkpoint.config.logit_offset
+        return records | _save(weights, dtype, root, HEAD_FILE)
 
 
 def fuse_layer(raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Canonical slots [out, in] -> the graphs' weights [in, out]."""
+    up = {"gate_up": torch.cat((raw["gate"], raw["up"])).T} if "gate" in raw else {"up": raw["up"].T}
     weights = {
         "norm1": raw["norm1"],
         "qk": torch.cat((raw["q"], raw["k"])).T,
         "v": raw["v"].T,
         "out": raw["out"].T,
         "norm2": raw["norm2"],
-        "gate_up": torch.cat((raw["gate"], raw["up"])).T,
+        **up,
         "down": raw["down"].T,
     }
     if "q_bias" in raw:
         weights["qk_bias"] = torch.cat((raw["q_bias"], raw["k_bias"]))
-        weights["v_bias"] = raw["v_bias"]
-    return weights | {slot: raw[slot] for slot in QK_NORM_SLOTS if slot in raw}
+    return weights | {slot: transpose(raw[slot]) for slot in KEPT_SLOTS if slot in raw}
+
+
+def transpose(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix as [in, out]; a bias as it is."""
+    return tensor.T if tensor.dim() == 2 else tensor
 
 
 def _save(tensors: dict[str, torch.Tensor], dtype: DType, root: Path, file: str) -> dict[str, WeightRecord]:

@@ -51,10 +51,11 @@ class GraphSpec:
         return next(spec for spec in (*self.inputs, *self.weights, *self.outputs) if spec.name == name)
 
 
-HeadGraph = Literal["head", "head_tracked", "head_credited"]
+HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn"]
 """What a decoding rule may take its statistics from; the loop adds guidance where it is on."""
 
-PROJECTIONS = ("norm1", "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
+NORM1 = ("norm1", "norm1_bias", "norm1_modulation", "norm1_modulation_bias")
+PROJECTIONS = (*NORM1, "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
 """Weights that a layer's first stage uses; its second stage has the others."""
 
 LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking")
@@ -63,22 +64,47 @@ LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking
 
 def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
     """Weights of one layer as stored: [in, out], query|key fused, gate|up fused, value apart (docs/decisions.md)."""
-    d, kv = shape.hidden, shape.key_width
-    weights = [
-        TensorSpec("norm1", "compute", (d,)),
-        TensorSpec("qk", "compute", (d, shape.query_width + kv)),
-        TensorSpec("v", "compute", (d, kv)),
-        TensorSpec("out", "compute", (shape.query_width, d)),
-        TensorSpec("norm2", "compute", (d,)),
-        TensorSpec("gate_up", "compute", (d, 2 * shape.mlp)),
-        TensorSpec("down", "compute", (shape.mlp, d)),
+    d, kv, both = shape.hidden, shape.key_width, shape.query_width + shape.key_width
+    up, width = ("gate_up", 2 * shape.mlp) if shape.mlp_kind == "swiglu" else ("up", shape.mlp)
+    biases = {
+        **({"qk": both, "v": kv} if shape.qkv_bias else {}),
+        **({"norm1": d, "norm2": d} if shape.norm == "layer" and not shape.conditioning else {}),
+        **({up: width, "down": d} if shape.mlp_bias else {}),
+    }
+    modulation = {f"{name}_modulation": 2 * d for name in ("norm1", "norm2")} | {"gate1": d, "gate2": d}
+    if not shape.conditioning:
+        modulation = {}
+    sizes: dict[str, tuple[int, ...]] = {
+        "norm1": (d,),
+        "qk": (d, both),
+        "v": (d, kv),
+        "out": (shape.query_width, d),
+        "norm2": (d,),
+        up: (d, width),
+        "down": (shape.mlp, d),
+        **{name: (shape.conditioning, size) for name, size in modulation.items()},
+        **{f"{name}_bias": (size,) for name, size in (biases | modulation).items()},
+        **({"q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,)} if shape.qk_norm else {}),
+    }
+    return tuple(TensorSpec(name, "compute", dims) for name, dims in sizes.items())
+
+
+def head_weights(shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Weights of the last norm, and those of the head."""
+    norm = [TensorSpec("norm", "compute", (shape.hidden,))]
+    if shape.norm == "layer" and not shape.conditioning:
+        norm.append(TensorSpec("norm_bias", "compute", (shape.hidden,)))
+    if shape.conditioning:
+        norm.append(TensorSpec("norm_modulation", "compute", (shape.conditioning, 2 * shape.hidden)))
+        norm.append(TensorSpec("norm_modulation_bias", "compute", (2 * shape.hidden,)))
+    head = [
+        TensorSpec("embedding", "compute", (shape.vocab, shape.hidden))
+        if shape.tied_head
+        else TensorSpec("head", "compute", (shape.hidden, shape.vocab))
     ]
-    if shape.qkv_bias:
-        weights.append(TensorSpec("qk_bias", "compute", (shape.query_width + kv,)))
-        weights.append(TensorSpec("v_bias", "compute", (kv,)))
-    if shape.qk_norm:
-        weights += [TensorSpec(name, "compute", (shape.head_dim,)) for name in ("q_norm", "k_norm")]
-    return tuple(weights)
+    if shape.head_bias:
+        head.append(TensorSpec("head_bias", "compute", (shape.vocab,)))
+    return tuple(norm), tuple(head)
 
 
 def engine_specs(specs: Mapping[str, GraphSpec], *, staged: bool) -> dict[str, GraphSpec]:
@@ -98,8 +124,8 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     rank, top = shape.indicator_rank, min(TOP_TOKENS, shape.vocab)
     layer = layer_weights(shape)
     table = TensorSpec("embedding", "compute", (shape.vocab, d))
-    norm = TensorSpec("norm", "compute", (d,))
-    classifier = (norm, table) if shape.tied_head else (norm, TensorSpec("head", "compute", (d, shape.vocab)))
+    norm, head = head_weights(shape)
+    classifier = (*norm, *head)
 
     def rows(name: str, count: str, width: int) -> TensorSpec:
         return TensorSpec(name, "compute", ("B", count, width))
@@ -118,7 +144,8 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
 
     projections = tuple(weight for weight in layer if weight.name in PROJECTIONS)
     others = tuple(weight for weight in layer if weight.name not in PROJECTIONS)
-    rotary = tuple(TensorSpec(name, "float32", ("B", "S", half)) for name in ("cos", "sin"))
+    timed = (TensorSpec("condition", "compute", ("B", shape.conditioning)),) if shape.conditioning else ()
+    rotary = (*timed, *(TensorSpec(name, "float32", ("B", "S", half)) for name in ("cos", "sin")))
     mask = TensorSpec("mask", "bool", ("B", "S"))
     context = (*rotary, mask)
     placed = (positions("slot", "S"), TensorSpec("fresh", "bool", ("B", "S")))
@@ -174,6 +201,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                         positions("row", "Q"),
                         TensorSpec("chosen", "bool", ("B", "X")),
                         positions("rank", "X"),
+                        *timed,
                         mask,
                     ),
                     others,
@@ -194,13 +222,18 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
         ),
         GraphSpec(
             "layer_indicator",
-            (rows("hidden", "N", d), positions("index", "Q")),
-            (layer[0], proxy),
+            (rows("hidden", "N", d), positions("index", "Q"), *timed),
+            (*(weight for weight in layer if weight.name in NORM1), proxy),
             (rows("indicator_out", "Q", rank),),
             steps.layer_indicator,
         ),
     )
-    candidates = (rows("hidden", "X", d), positions("index", "Q"), TensorSpec("bias", "float32", (shape.vocab,)))
+    candidates = (
+        rows("hidden", "X", d),
+        positions("index", "Q"),
+        TensorSpec("bias", "float32", (shape.vocab,)),
+        *timed,
+    )
     guided = (*candidates, rows("guidance", "X", d), TensorSpec("cfg_scale", "compute", (1,)))
     statistics = (
         positions("token", "Q"),
@@ -209,7 +242,17 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
         TensorSpec("top_logits", "float32", ("B", "Q", top)),
         per_row("logsumexp"),
     )
+    width = shape.conditioning
+    time = {"time1": (steps.TIME_WIDTH, width), "time1_bias": (width,), "time2": (width, width), "time2_bias": (width,)}
+    conditioned = GraphSpec(
+        "condition",
+        (TensorSpec("time", "float32", ("B", steps.TIME_WIDTH)),),
+        tuple(TensorSpec(name, "compute", dims) for name, dims in time.items()),
+        (TensorSpec("condition_out", "compute", ("B", width)),),
+        steps.condition_time,
+    )
     graphs = (
+        *((conditioned,) if width else ()),
         GraphSpec("embed", (positions("tokens", "X"),), (table,), (rows("hidden_out", "X", d),), steps.embed),
         GraphSpec(
             "layer_full",
@@ -234,7 +277,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                 ),
                 GraphSpec(
                     "layer_partial.finish",
-                    (rows("hidden", "Q", d), query("query"), *cache, mask),
+                    (rows("hidden", "Q", d), query("query"), *cache, *timed, mask),
                     others,
                     (rows("hidden_out", "Q", d), rows("delta_out", "Q", d)),
                     steps.finish_partial,
@@ -264,6 +307,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                         positions("index", "Q"),
                         shown,
                         *cache,
+                        *timed,
                         mask,
                     ),
                     others,
@@ -286,7 +330,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
                 TensorSpec("budget", "int64", (1,)),
                 *context,
             ),
-            tuple(weight for weight in layer if weight.name in ("norm1", "qk", "qk_bias", "q_norm")),
+            tuple(weight for weight in layer if weight.name in (*NORM1, "qk", "qk_bias", "q_norm")),
             (
                 rows("key_out", "Q", kv),
                 rows("value_out", "Q", kv),
@@ -332,8 +376,8 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
         ),
         GraphSpec(
             "guidance",
-            (rows("hidden", "X", d), rows("unconditional", "X", d)),
-            (norm,),
+            (rows("hidden", "X", d), rows("unconditional", "X", d), *timed),
+            norm,
             (rows("guidance_out", "X", d),),
             steps.guidance,
         ),
@@ -363,6 +407,13 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
             classifier,
             (per_row("probability"),),
             heads.head_given,
+        ),
+        GraphSpec(
+            "head_drawn",
+            (*guided, TensorSpec("sharpness", "float32", (1,)), TensorSpec("uniform", "float32", ("B", "Q", 2))),
+            classifier,
+            (*statistics, positions("drawn", "Q"), per_row("drawn_logit")),
+            partial(heads.head_drawn, top=top),
         ),
     )
     return {graph.name: graph for graph in graphs}

@@ -49,7 +49,7 @@ def layer_compact(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[st
 def measure_relevance(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> T:  # [B, S] float32
     """Product of every key with the mean query of the block's visible rows, averaged over heads."""
     rows, cos, sin = (ops.take_rows(t[name], t["index"]) for name in ("hidden", "cos", "sin"))
-    inner = normalize(ops, rows, t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, rows, t, "norm1")
     query, _ = project_query_key(ops, shape, inner, cos, sin, t)
     with ops.scope("relevance"):
         query, key = ops.widen(ops.merge_heads(query)), ops.widen(t["key"])

@@ -60,13 +60,13 @@ class CountingOps:
     def add(self, left: Outline, right: Outline) -> Outline:
         return broadcast(left, right)
 
-    sub = mul = div = both = matches = differs = add
+    sub = mul = div = both = matches = differs = exceeds = add
 
     def same(self, x: Outline) -> Outline:
         """Sizes stay as they are."""
         return Outline(x.dims)
 
-    silu = relu = exp = log = widen = same
+    silu = gelu = relu = exp = log = widen = same
 
     def scale(self, x: Outline, factor: float) -> Outline:
         return self.same(x)
@@ -120,6 +120,9 @@ class CountingOps:
     def split(self, x: Outline, sizes: tuple[int, ...]) -> tuple[Outline, ...]:
         return tuple(Outline((*x.dims[:-1], size)) for size in sizes)
 
+    def piece(self, x: Outline, start: int, stop: int) -> Outline:
+        return Outline((*x.dims[:-1], len(range(x.dims[-1])[start:stop])))
+
     def concat(self, pieces: tuple[Outline, ...]) -> Outline:
         return Outline((*pieces[0].dims[:-1], sum(piece.dims[-1] for piece in pieces)))
 
@@ -140,6 +143,9 @@ class CountingOps:
 
     def positions(self, x: Outline) -> Outline:
         return Outline((x.dims[1],))
+
+    def take_last(self, x: Outline, index: Outline) -> Outline:
+        return Outline(index.dims)
 
     def take_rows(self, rows: Outline, index: Outline) -> Outline:
         return Outline((*index.dims, *rows.dims[2:]))

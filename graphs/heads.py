@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic
 
+from dllm_export.graphs.drawing import draw_token
 from dllm_export.graphs.layers import normalize
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
@@ -94,9 +95,24 @@ def head_given(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, 
         return {"probability": ops.div(weight, softmax.total)}
 
 
+def head_drawn(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
+    """`head`, and a token drawn from the whole distribution of each row.
+
+    `sharpness` is 1 / temperature; `uniform` [B, Q, 2] are the numbers that decide (graphs/drawing.py).
+    """
+    product = _classify(ops, shape, t)
+    with ops.scope("statistics"):
+        logits = _logits(ops, shape, product, t)
+        softmax = _softmax(ops, logits)
+        weights = ops.exp(ops.mul(softmax.shifted, t["sharpness"]))
+        drawn = draw_token(ops, weights, shape.vocab, t["uniform"])
+        drawn_logit = ops.column(ops.take_last(logits, ops.unsqueeze(drawn, 2)), 0)
+        return {**_statistics(ops, logits, softmax, top), "drawn": drawn, "drawn_logit": drawn_logit}
+
+
 def _classify(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> T:
     """Candidate rows after the last norm, with the guidance residual where there is one, times the head [B, Q, V]."""
-    rows = normalize(ops, ops.take_rows(t["hidden"], t["index"]), t["norm"], shape.norm_eps)
+    rows = normalize(ops, shape, ops.take_rows(t["hidden"], t["index"]), t, "norm")
     if "guidance" in t:
         rows = ops.add(rows, ops.mul(ops.take_rows(t["guidance"], t["index"]), t["cfg_scale"]))
     return ops.matmul_transposed(rows, t["embedding"]) if shape.tied_head else ops.matmul(rows, t["head"])
@@ -105,6 +121,8 @@ def _classify(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> T:
 def _logits(ops: Ops[T], shape: ModelShape, product: T, t: Mapping[str, T]) -> T:
     """The head's product as float32 logits, scaled and biased."""
     logits = ops.widen(product)
+    if shape.head_bias:
+        logits = ops.add(logits, ops.widen(t["head_bias"]))
     if shape.logits_scale != 1.0:
         logits = ops.scale(logits, shape.logits_scale)
     return ops.add(logits, t["bias"])

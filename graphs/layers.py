@@ -12,12 +12,38 @@ from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
 
-def normalize(ops: Ops[T], x: T, weight: T, eps: float) -> T:  # [..., D] -> [..., D]
-    """RMSNorm: statistics in float32, back to the compute type, then the weight."""
+def normalize(ops: Ops[T], shape: ModelShape, x: T, weights: Mapping[str, T], name: str) -> T:  # [..., D] -> [..., D]
+    """RMSNorm or LayerNorm `name`: statistics in float32, back to the compute type, then the weight and the bias."""
     with ops.scope("norm"):
         wide = ops.widen(x)
-        wide = ops.mul(wide, ops.rsqrt(ops.mean(ops.mul(wide, wide)), eps))
-    return ops.mul(ops.narrow(wide, x), weight)
+        if shape.norm == "layer":
+            wide = ops.sub(wide, ops.mean(wide))
+        wide = ops.mul(wide, ops.rsqrt(ops.mean(ops.mul(wide, wide)), shape.norm_eps))
+    scaled = add_bias(ops, ops.mul(ops.narrow(wide, x), weights[name]), weights, name)
+    if f"{name}_modulation" not in weights:
+        return scaled
+    shift, scale = ops.split(condition(ops, weights, f"{name}_modulation"), (shape.hidden, shape.hidden))
+    return ops.add(ops.add(scaled, ops.mul(scaled, scale)), shift)
+
+
+def condition(ops: Ops[T], weights: Mapping[str, T], name: str) -> T:  # -> [B, 1, out]
+    """A linear map of what the time conditions a sequence by."""
+    return ops.unsqueeze(project(ops, weights["condition"], weights, name), 1)
+
+
+def pass_gate(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:  # [B, N, D] -> [B, N, D]
+    """A branch's rows times what the time lets through, where it gates them."""
+    return ops.mul(x, condition(ops, weights, name)) if name in weights else x
+
+
+def add_bias(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:
+    """x and the bias of the weight `name`, where it has one."""
+    return ops.add(x, weights[f"{name}_bias"]) if f"{name}_bias" in weights else x
+
+
+def project(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:  # [B, N, in] -> [B, N, out]
+    """x times the matrix `name`, and its bias where it has one."""
+    return add_bias(ops, ops.matmul(x, weights[name]), weights, name)
 
 
 def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N, heads, d], cos/sin [B, N, d/2]
@@ -45,23 +71,19 @@ def put_rows(ops: Ops[T], rows: T, slot: T, fresh: T, cache: T) -> T:
 
 
 def project_value(ops: Ops[T], x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, G*d]
-    value = ops.matmul(x, weights["v"])
-    return ops.add(value, weights["v_bias"]) if "v_bias" in weights else value
+    return project(ops, x, weights, "v")
 
 
 def project_query_key(
     ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T, weights: Mapping[str, T]
 ) -> tuple[T, T]:  # normed [B, N, D] -> query [B, N, H, d], key [B, N, G*d], both rotated
-    both = ops.matmul(x, weights["qk"])
-    if "qk_bias" in weights:
-        both = ops.add(both, weights["qk_bias"])
-    query, key = ops.split(both, (shape.query_width, shape.key_width))
+    query, key = ops.split(project(ops, x, weights, "qk"), (shape.query_width, shape.key_width))
     query = ops.split_heads(query, shape.heads, shape.head_dim)
     key = ops.split_heads(key, shape.kv_heads, shape.head_dim)
     if "q_norm" in weights:
-        query = normalize(ops, query, weights["q_norm"], shape.norm_eps)
+        query = normalize(ops, shape, query, weights, "q_norm")
     if "k_norm" in weights:
-        key = normalize(ops, key, weights["k_norm"], shape.norm_eps)
+        key = normalize(ops, shape, key, weights, "k_norm")
     return rotate(ops, shape, query, cos, sin), ops.merge_heads(rotate(ops, shape, key, cos, sin))
 
 
@@ -76,10 +98,16 @@ def finish_rows(
     value = ops.split_heads(value, shape.kv_heads, shape.head_dim)
     with ops.scope("attention"):
         mixed = ops.merge_heads(ops.attention(query, key, value, mask))
-    attended = ops.matmul(mixed, weights["out"])
-    inner = normalize(ops, ops.add(hidden, attended), weights["norm2"], shape.norm_eps)
-    gate, up = ops.split(ops.matmul(inner, weights["gate_up"]), (shape.mlp, shape.mlp))
-    return ops.add(attended, ops.matmul(ops.mul(ops.silu(gate), up), weights["down"]))
+    attended = pass_gate(ops, ops.matmul(mixed, weights["out"]), weights, "gate1")
+    inner = normalize(ops, shape, ops.add(hidden, attended), weights, "norm2")
+    return ops.add(attended, pass_gate(ops, run_mlp(ops, shape, inner, weights), weights, "gate2"))
+
+
+def run_mlp(ops: Ops[T], shape: ModelShape, x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, D]
+    if shape.mlp_kind == "gelu":
+        return project(ops, ops.gelu(project(ops, x, weights, "up")), weights, "down")
+    gate, up = ops.split(project(ops, x, weights, "gate_up"), (shape.mlp, shape.mlp))
+    return project(ops, ops.mul(ops.silu(gate), up), weights, "down")
 
 
 def hand_over(t: Mapping[str, T], first: Mapping[str, T]) -> dict[str, T]:

@@ -11,7 +11,7 @@ from dllm_export.graphs.shape import ModelShape
 
 def project_shadow(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """First stage of `layer_shadow`: queries, keys and values of the shadow rows, at the positions that they stand for."""
-    inner = normalize(ops, t["hidden"], t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, t["hidden"], t, "norm1")
     cos, sin = ops.take_rows(t["cos"], t["index"]), ops.take_rows(t["sin"], t["index"])
     query, key = project_query_key(ops, shape, inner, cos, sin, t)
     return {"query_out": query, "own_key_out": key, "own_value_out": project_value(ops, inner, t)}

@@ -8,6 +8,12 @@ from typing import Literal
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 """Compute types. float64 exists for the exactness oracles (torch session only)."""
 
+NormKind = Literal["rms", "layer"]
+"""RMSNorm, or LayerNorm with a bias."""
+
+MlpKind = Literal["swiglu", "gelu"]
+"""down(silu(gate x) * up x), or down(gelu(up x)) with the tanh form of GELU."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -22,7 +28,7 @@ class ModelShape:
     """G, key/value heads; H must be a multiple."""
     head_dim: int
     mlp: int
-    """Inner width of the SwiGLU."""
+    """Inner width of the MLP."""
     vocab: int
     """V, rows of the embedding table and of the head."""
     max_length: int
@@ -34,7 +40,15 @@ class ModelShape:
     qkv_bias: bool = False
     qk_norm: bool = False
     """RMSNorm of every query and key head before RoPE; one weight of head_dim for all query heads and one for all keys."""
+    mlp_bias: bool = False
+    head_bias: bool = False
     tied_head: bool = False
+    norm: NormKind = "rms"
+    mlp_kind: MlpKind = "swiglu"
+    block: int = 0
+    """Rows of a block, where a row sees its own block and those before it; 0 where every row sees all."""
+    conditioning: int = 0
+    """Width of what the time conditions norms and gates by in every step; 0 where a model does not see the time."""
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     indicator_rank: int = 0
@@ -53,5 +67,6 @@ class ModelShape:
     @property
     def weight_count(self) -> int:
         """Parameters in layers, embedding and head, without biases."""
-        layer = self.hidden * (2 * self.query_width + 2 * self.key_width + 3 * self.mlp + 2)
+        matrices = 3 if self.mlp_kind == "swiglu" else 2
+        layer = self.hidden * (2 * self.query_width + 2 * self.key_width + matrices * self.mlp + 2)
         return self.layers * layer + self.vocab * self.hidden * (1 if self.tied_head else 2) + self.hidden

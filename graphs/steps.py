@@ -12,6 +12,7 @@ from dllm_export.graphs.layers import (
     finish_rows,
     hand_over,
     normalize,
+    project,
     project_query_key,
     project_value,
     put_rows,
@@ -19,6 +20,17 @@ from dllm_export.graphs.layers import (
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.picking import list_picked, measure_drift, pick_layer, pick_rows, put_picked, rotary_rows
 from dllm_export.graphs.shape import ModelShape
+
+TIME_WIDTH = 256
+"""Numbers that describe a noise level: half cosines, half sines."""
+
+
+def condition_time(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
+    """The table of each sequence's noise level -> what it conditions all norms and gates by."""
+    x = ops.narrow(t["time"], t["time1"])
+    for name in ("time1", "time2"):
+        x = ops.silu(project(ops, x, t, name))
+    return {"condition_out": x}
 
 
 def embed(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
@@ -30,7 +42,7 @@ def embed(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
 def layer_full(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Every row of the sequence recomputed: keys, values and deltas of all S rows."""
     hidden = t["hidden"]
-    inner = normalize(ops, hidden, t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, hidden, t, "norm1")
     query, key = project_query_key(ops, shape, inner, t["cos"], t["sin"], t)
     value = project_value(ops, inner, t)
     delta = finish_rows(ops, shape, hidden, query, key, value, t["mask"], t)
@@ -39,7 +51,7 @@ def layer_full(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, 
 
 def project_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """First stage of `layer_partial`: the rows' queries, and the caches with their keys and values."""
-    inner = normalize(ops, t["hidden"], t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, t["hidden"], t, "norm1")
     cos, sin = ops.take_rows(t["cos"], t["index"]), ops.take_rows(t["sin"], t["index"])
     query, key = project_query_key(ops, shape, inner, cos, sin, t)
     key = put_rows(ops, key, t["slot"], t["fresh"], t["key"])
@@ -64,7 +76,7 @@ def layer_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[st
 
 def project_adaptive(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """First stage of `layer_adaptive`: which rows are picked, their queries, and the caches with the new keys and values."""
-    inner = normalize(ops, t["hidden"], t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, t["hidden"], t, "norm1")
     new_value = project_value(ops, inner, t)
     drift = measure_drift(ops, new_value, ops.take_rows(t["value"], t["index"]))
     value = put_rows(ops, new_value, t["slot"], t["fresh"], t["value"])
@@ -88,7 +100,7 @@ def project_tracking(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict
     """First stage of `layer_tracking`: as of `layer_adaptive`, with keys and values of the picked rows alone."""
     drift = measure_drift(ops, t["hidden"], t["seen"])
     picked = pick_rows(ops, drift, t)
-    inner = normalize(ops, ops.take_rows(t["hidden"], picked.row), t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, ops.take_rows(t["hidden"], picked.row), t, "norm1")
     query, new_key = project_query_key(ops, shape, inner, *rotary_rows(ops, picked, t), t)
     key = put_picked(ops, picked, new_key, t, t["key"])
     value = put_picked(ops, picked, project_value(ops, inner, t), t, t["value"])
@@ -106,7 +118,7 @@ def layer_tracking(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[s
 
 def project_indicated(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """First stage of `layer_indicated`: as of `layer_adaptive`, with keys, values and indicators of all alive rows."""
-    inner = normalize(ops, t["hidden"], t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, t["hidden"], t, "norm1")
     indicator = ops.matmul(inner, t["proxy"])
     drift = measure_drift(ops, indicator, t["indicator"])
     cos, sin = (ops.take_rows(t[name], t["index"]) for name in ("cos", "sin"))
@@ -130,7 +142,7 @@ def layer_indicated(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[
 
 def layer_indicator(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Indicators of rows entering a layer: what `layer_indicated` compares with after a step that ran another graph."""
-    inner = normalize(ops, ops.take_rows(t["hidden"], t["index"]), t["norm1"], shape.norm_eps)
+    inner = normalize(ops, shape, ops.take_rows(t["hidden"], t["index"]), t, "norm1")
     return {"indicator_out": ops.matmul(inner, t["proxy"])}
 
 
@@ -167,5 +179,5 @@ def guidance(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]
 
     The head is linear, so w * (logits_cond - logits_uncond) = (w * residual) @ head: D numbers a row instead of V.
     """
-    conditional = normalize(ops, t["hidden"], t["norm"], shape.norm_eps)
-    return {"guidance_out": ops.sub(conditional, normalize(ops, t["unconditional"], t["norm"], shape.norm_eps))}
+    conditional = normalize(ops, shape, t["hidden"], t, "norm")
+    return {"guidance_out": ops.sub(conditional, normalize(ops, shape, t["unconditional"], t, "norm"))}

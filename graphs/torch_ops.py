@@ -38,6 +38,9 @@ class TorchOps:
     def silu(self, x: Tensor) -> Tensor:
         return torch.nn.functional.silu(x)
 
+    def gelu(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
     def relu(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
@@ -52,6 +55,9 @@ class TorchOps:
 
     def both(self, left: Tensor, right: Tensor) -> Tensor:
         return left & right
+
+    def exceeds(self, left: Tensor, right: Tensor) -> Tensor:
+        return left > right
 
     def matches(self, left: Tensor, right: Tensor) -> Tensor:
         return left == right
@@ -106,6 +112,9 @@ class TorchOps:
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         return torch.split(x, list(sizes), dim=-1)
 
+    def piece(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return x[..., start:stop]
+
     def concat(self, pieces: tuple[Tensor, ...]) -> Tensor:
         return torch.cat(pieces, dim=-1)
 
@@ -124,8 +133,11 @@ class TorchOps:
     def column(self, x: Tensor, index: int) -> Tensor:
         return x[..., index]
 
-    def positions(self, x: Tensor) -> Tensor:
-        return torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+    def positions(self, x: Tensor, axis: int = 1) -> Tensor:
+        return torch.arange(x.shape[axis], dtype=torch.int32, device=x.device)
+
+    def take_last(self, x: Tensor, index: Tensor) -> Tensor:
+        return x.gather(-1, index.long())
 
     def take_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         sequence = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)

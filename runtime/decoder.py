@@ -11,18 +11,22 @@ from dllm_export.errors import OverflowedError, StrategyError, UsageError
 from dllm_export.graphs import HeadGraph
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.clock import Clock
-from dllm_export.runtime.head import Candidates, Head, bucket
-from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.head import DRAWN, MOVED, Candidates, Head, bucket
+from dllm_export.runtime.options import GenerationOptions, SettledOptions
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.sampler import Proposal, propose, rank, share
 from dllm_export.runtime.session import Buffer
 from dllm_export.runtime.transfers.contract import choose_rows
+from dllm_export.runtime.transfers.ddpm import Ddpm
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.transfer import Transfer, TransferState, best_first
 
 OVERFLOW = (
     "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
 )
+
+UNIFORM = 2**23
+"""Random numbers for drawing tokens are multiples of its reciprocal, so that none rounds to 1 in float32."""
 
 
 class Decoder:
@@ -33,7 +37,7 @@ class Decoder:
         head: Head,
         special: SpecialTokens,
         request: Request,
-        options: GenerationOptions,
+        options: SettledOptions,
         transfer: Transfer,
         clock: Clock,
     ) -> None:
@@ -47,6 +51,8 @@ class Decoder:
         self._orders: list[NDArray[np.float64]] | None = (
             None  # drawn for the coming step, one number for each candidate
         )
+        self._draws: list[NDArray[np.float64]] | None = None  # likewise, for a rule that asks for them
+        self._upcoming: NDArray[np.bool_] | None = None
         self._memories: list[Any] = [None] * batch
         self._block_masks = np.zeros(batch, np.int64)
         # The mask token is never a proposal: committed, it would leave a hole (docs/decisions.md).
@@ -64,17 +70,29 @@ class Decoder:
         masked[:, end:] = False
         return masked
 
-    def foresee(self, block: int, quota: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Draw a random step's order before it runs; the rows [B, R] it will decide, where the order alone says so."""
-        if self._options.remasking != "random":
-            return None
+    def foresee(self, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Draw a step's random numbers before it runs; the rows [B, R] it will decide, where these alone say so."""
+        self._upcoming = self._foresee(block, block_step, quota)
+        return self._upcoming
+
+    def _foresee(self, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         masked = self.masked((block + 1) * self._request.schedule.block_length)
-        self._orders = [rng.random(int(row.sum())) for rng, row in zip(self._rngs, masked, strict=True)]
+        if self._options.remasking == "random":
+            self._orders = [rng.random(int(row.sum())) for rng, row in zip(self._rngs, masked, strict=True)]
+        if self._transfer.draws:
+            self._draws = [rng.random(int(row.sum())) for rng, row in zip(self._rngs, masked, strict=True)]
         if not is_foreseen(self._options, self._transfer):
             return None
         upcoming = np.zeros(masked.shape, np.bool_)
-        for sequence, order in enumerate(self._orders):
-            upcoming[sequence, np.flatnonzero(masked[sequence])[best_first(order)[: quota[sequence]]]] = True
+        for sequence, row in enumerate(masked):
+            if isinstance(self._transfer, Ddpm):
+                assert self._draws is not None, "drawn above"
+                steps = self._request.schedule.steps_per_block
+                chosen = self._transfer.reveal(self._draws[sequence], block_step, steps)
+            else:
+                assert self._orders is not None, "drawn above"
+                chosen = best_first(self._orders[sequence])[: quota[sequence]]
+            upcoming[sequence, np.flatnonzero(row)[chosen]] = True
         return upcoming
 
     def find_shadow(self, block: int) -> NDArray[np.bool_] | None:
@@ -87,6 +105,11 @@ class Decoder:
         decided = (len(self._decided(sequence, span)) > 0 for sequence in np.flatnonzero(open_rows).tolist())
         return self._asked[:, slice(*span)] if self._transfer.verifies and any(decided) else None
 
+    def begin(self, block: int) -> NDArray[np.int64]:
+        """Masks of each sequence [B] up to the end of a block, which begins now."""
+        self._block_masks = self.masked((block + 1) * self._request.schedule.block_length).sum(1)
+        return self._block_masks
+
     def decide(
         self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64], shadow: Buffer | None = None
     ) -> NDArray[np.bool_]:
@@ -98,16 +121,21 @@ class Decoder:
         length = span[1] - span[0]
         masked = self.masked(span[1])
         committed = np.zeros(masked.shape, np.bool_)
+        draws = self._draws
+        if self._upcoming is not None and self._transfer.head == "head_drawn":
+            # The rows are known, so that the head need not look at others, nor random numbers be spent on them.
+            draws = [draw[self._upcoming[n, masked[n]]] for n, draw in enumerate(draws)] if draws else None
+            masked &= self._upcoming
         counts = masked.sum(1)
-        if block_step == 1:
-            self._block_masks = counts
         if not counts.any():
             return committed
         index = np.zeros((len(counts), bucket(int(counts.max()), length)), np.int32)
         rows = [np.flatnonzero(mask) for mask in masked]
         for sequence, places in enumerate(rows):
             index[sequence, : len(places)] = places
-        candidates = self._evidence(hidden, index, span, block_step)
+        greedy = self._transfer.is_greedy(block_step, self._request.schedule.steps_per_block)
+        temperature = 0.0 if greedy else self._options.temperature
+        candidates = self._evidence(hidden, index, rows, span, block_step, temperature)
         verified = self._verify(shadow, span) if self._transfer.verifies else None
         last = self._ranked_last
         ranked = self._candidates(hidden, index, self._banned | last) if last else candidates
@@ -117,7 +145,7 @@ class Decoder:
                 candidates,
                 sequence,
                 len(places),
-                temperature=self._options.temperature,
+                temperature=temperature,
                 rng=rng,
                 ranking_logsumexp=ranked.logsumexp,
                 ranked_last=last,
@@ -142,6 +170,9 @@ class Decoder:
                 decided=decided,
                 decided_confidence=self.confidence[sequence, decided],
                 verified=verified[sequence] if verified else None,
+                steps=self._request.schedule.steps_per_block,
+                draw=draws[sequence] if draws else None,
+                logsumexp=candidates.logsumexp[sequence, : len(places)].astype(np.float64),
                 memory=self._memories[sequence],
             )
             committed[sequence] = self._commit(sequence, state, proposal)
@@ -195,17 +226,37 @@ class Decoder:
         self.response[filled] = self._special.eos
         return filled
 
-    def _evidence(self, hidden: Buffer, index: NDArray[np.int32], span: tuple[int, int], block_step: int) -> Candidates:
+    def _evidence(
+        self,
+        hidden: Buffer,
+        index: NDArray[np.int32],
+        rows: list[NDArray[np.int64]],
+        span: tuple[int, int],
+        block_step: int,
+        temperature: float,
+    ) -> Candidates:
         """The rule's head on the candidates [B, n]. With a state it runs on the whole block, so that a row keeps its place."""
         graph = self._transfer.head
-        if graph == "head":
+        if graph == "head_drawn" and temperature > 0:
+            return self._draw_tokens(hidden, index, rows, temperature)
+        if graph in ("head", "head_drawn"):
             return self._candidates(hidden, index, self._banned)
         start, end = span
         block = np.tile(np.arange(start, end, dtype=np.int32), (len(index), 1))
         numbers = self._transfer.head_inputs(block_step)
         self._clock.time(self._head.prepare_state(graph, hidden, block, self._banned, numbers))
-        read = self._clock.time(lambda: self._head.read(end - start, tracked=graph == "head_tracked"))
+        read = self._clock.time(lambda: self._head.read(end - start, *(MOVED if graph == "head_tracked" else ())))
         return _check_finite(read.take(np.maximum(index - start, 0)))
+
+    def _draw_tokens(
+        self, hidden: Buffer, index: NDArray[np.int32], rows: list[NDArray[np.int64]], temperature: float
+    ) -> Candidates:
+        """Candidates with a token of each that was drawn from the whole vocabulary: two random numbers a row."""
+        uniform = np.zeros((*index.shape, 2), np.float32)
+        for sequence, places in enumerate(rows):
+            uniform[sequence, : len(places)] = self._rngs[sequence].integers(0, UNIFORM, (len(places), 2)) / UNIFORM
+        self._clock.time(self._head.prepare_drawn(hidden, index, self._banned, uniform, 1.0 / temperature))
+        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1], *DRAWN)))
 
     def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
         guided = self._options.cfg_scale > 0
@@ -227,8 +278,8 @@ def _check_finite(candidates: Candidates) -> Candidates:
 
 
 def is_foreseen(options: GenerationOptions, transfer: Transfer) -> bool:
-    """Whether a step's order, drawn before it runs, settles which rows it decides."""
-    return options.remasking == "random" and type(transfer) is Quota
+    """Whether what is drawn before a step runs settles which rows it decides."""
+    return isinstance(transfer, Ddpm) or (options.remasking == "random" and type(transfer) is Quota)
 
 
 def check_options(options: GenerationOptions, transfer: Transfer) -> None:
@@ -247,6 +298,11 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
         raise UsageError(
             f"--remasking {options.remasking} has no effect with --transfer {transfer.name}, which goes by its own formula: "
             f"leave it out, or take --transfer quota"
+        )
+    if options.confidence_eos_eot_inf and transfer.head == "head_drawn":
+        raise UsageError(
+            f"--confidence-eos-eot-inf has no effect with --transfer {transfer.name}, which decides rows whatever they "
+            f"propose: leave it out"
         )
     if options.confidence_eos_eot_inf and transfer.head == "head_credited":
         raise UsageError(

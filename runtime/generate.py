@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.errors import UsageError
+from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.clock import Clock
+from dllm_export.runtime.conditioning import Conditioner
 from dllm_export.runtime.decoder import Decoder, check_options, is_foreseen
 from dllm_export.runtime.head import Head
-from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.options import GenerationOptions, SettledOptions
 from dllm_export.runtime.policies.contract import make_plan
 from dllm_export.runtime.policies.policy import CachePolicy, Compaction, PrefixState, StepKind, StepPlan, StepState
 from dllm_export.runtime.prefix_store import PrefixStore
 from dllm_export.runtime.request import Prefix, Request
 from dllm_export.runtime.rope import rotary_tables
-from dllm_export.runtime.schedule import commit_counts
 from dllm_export.runtime.session import Buffer, Session
 from dllm_export.runtime.shadow import Shadow
 from dllm_export.runtime.sharing import Sharing
@@ -59,8 +59,9 @@ class Workspace:
 
     def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
         self.request = request
-        self.conditional = Trunk(session, shape, request)
-        self.head = Head(session, shape, request)
+        self.conditioner = Conditioner(session, shape, request.batch)
+        self.conditional = Trunk(session, shape, request, self.conditioner.inputs)
+        self.head = Head(session, shape, request, self.conditioner.inputs)
         self._unconditional: Trunk | None = None
         self._shadow: Shadow | None = None
         self._session, self._shape = session, shape
@@ -69,7 +70,7 @@ class Workspace:
     def unconditional(self) -> Trunk:
         """The second pass of classifier-free guidance, with caches of its own."""
         if self._unconditional is None:
-            self._unconditional = Trunk(self._session, self._shape, self.request)
+            self._unconditional = Trunk(self._session, self._shape, self.request, self.conditioner.inputs)
         return self._unconditional
 
     @property
@@ -108,7 +109,7 @@ class Denoiser:
     shape: ModelShape
     special: SpecialTokens
     request: Request
-    options: GenerationOptions
+    options: SettledOptions
     policy: CachePolicy
     transfer: Transfer = Quota()
     watch: bool = False
@@ -125,6 +126,7 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         check_strategies(self.options, self.policy, self.transfer)
+        check_model(self.shape, self.transfer)
         request = self.request
         self._decoder = Decoder(self.workspace.head, self.special, request, self.options, self.transfer, self._clock)
         self._residual = np.zeros((request.shape.batch, request.shape.response_rows), np.bool_)
@@ -140,6 +142,11 @@ class Denoiser:
             self._share(self.prefixes, request.prefix)
 
     def _share(self, store: PrefixStore, prefix: Prefix) -> None:
+        if self.shape.conditioning:
+            raise UsageError(
+                "a shared prefix does not go with a model that sees the noise level, which changes the prefix's features in "
+                "every step: leave --prefix-file out"
+            )
         starts = tuple(self.request.padding.tolist())
         place = PrefixState(rows=prefix.rows, starts=starts, depth=prefix.depth, stored=False)
         store.check(prefix, guided=self._guided)
@@ -158,32 +165,45 @@ class Denoiser:
         return self.options.cfg_scale > 0
 
     def frames(self) -> Iterator[Frame]:
-        """Denoise block after block, one frame a step."""
+        """Denoise block after block, one frame for each step that runs."""
         schedule = self.request.schedule
         step = 0
         for block in range(schedule.blocks):
-            end = (block + 1) * schedule.block_length
-            for quota in self._quotas(end):
+            for block_step, quota in enumerate(self._quotas(block), 1):
                 step += 1
-                yield self._step(step, block, quota)
+                frame = self._step(step, block, block_step, quota)
+                if frame is not None:
+                    yield frame
 
-    def _quotas(self, end: int) -> Iterator[NDArray[np.int64]]:
+    def _quotas(self, block: int) -> Iterator[NDArray[np.int64]]:
         """Tokens to commit per sequence in each step of a block: the schedule's, or one until nothing is masked."""
+        end, begun = (block + 1) * self.request.schedule.block_length, self._decoder.begin(block)
         if self.transfer.keeps_schedule:
-            for quota in commit_counts(self._decoder.masked(end).sum(1), self.request.schedule.steps_per_block).T:
-                if self.options.early_stop and not self._decoder.masked(end).any():
+            steps = self.request.schedule.steps_per_block
+            for step in range(1, steps + self.transfer.extra_steps + 1):
+                masked = self._decoder.masked(end).sum(1)
+                if self.options.early_stop and not masked.any():
                     return
-                yield quota
+                yield self.transfer.quotas(begun, masked, step, steps)
             return
         while self._decoder.masked(end).any():
             yield np.ones(self.request.shape.batch, np.int64)
 
-    def _step(self, step: int, block: int, quota: NDArray[np.int64]) -> Frame:
+    def _step(self, step: int, block: int, block_step: int, quota: NDArray[np.int64]) -> Frame | None:
+        """The frame of a step, or None where the rule commits nothing and so runs nothing."""
         start, before = time.perf_counter(), self._clock.seconds
-        self._upcoming = self._decoder.foresee(block, quota)
+        idles, foreseen = self.transfer.idles, is_foreseen(self.options, self.transfer)
+        if idles and not foreseen and not quota.any():
+            return None
+        self._upcoming = self._decoder.foresee(block, block_step, quota)
+        if idles and self._upcoming is not None and not self._upcoming.any():
+            return None
+        if self.shape.conditioning:
+            level = self.transfer.noise_level(block_step, self.request.schedule.steps_per_block)
+            self._clock.time(self.workspace.conditioner.prepare(level))
         plan = self._forward(step, block)
-        hidden, block_step = self.workspace.conditional.hidden, self._conditional.block_step
-        committed = self._decoder.decide(hidden, block, block_step, quota, self._run_shadow(plan, block))
+        hidden, shadow = self.workspace.conditional.hidden, self._run_shadow(plan, block)
+        committed = self._decoder.decide(hidden, block, block_step, quota, shadow)
         recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
         return Frame(
             step=step,
@@ -203,7 +223,8 @@ class Denoiser:
     def _most_steps(self) -> int:
         """Steps of the schedule; a rule that keeps none takes at most one for each of its tokens."""
         schedule = self.request.schedule
-        return schedule.steps if self.transfer.keeps_schedule else schedule.gen_length
+        extra = schedule.blocks * self.transfer.extra_steps
+        return schedule.steps + extra if self.transfer.keeps_schedule else schedule.gen_length
 
     # -- run
     def _forward(self, step: int, block: int) -> StepPlan:
@@ -283,11 +304,30 @@ class Denoiser:
         )
 
 
+def check_model(shape: ModelShape, transfer: Transfer) -> None:
+    """Refuse a model that generation does not know how to run, and a rule that shows it a noise level or fails to."""
+    if shape.block:
+        raise IncompatibleError(
+            f"this model attends by blocks of {shape.block} rows, which see themselves and what lies before them; generation "
+            f"here lets all rows see all: only the bundle's graphs and weights can be used and verified"
+        )
+    if bool(shape.conditioning) == transfer.sees_noise:
+        return
+    if shape.conditioning:
+        raise UsageError(
+            f"this model sees the noise level of a step, which --transfer {transfer.name} does not have: take --transfer sedd"
+        )
+    raise UsageError(
+        f"--transfer {transfer.name} reads a model's ratios of probabilities at a noise level, and this model sees none: "
+        f"take another rule"
+    )
+
+
 def check_strategies(options: GenerationOptions, policy: CachePolicy, transfer: Transfer) -> None:
     """Refuse options, a cache policy and a decoding rule that do not go together."""
     check_options(options, transfer)
     if getattr(policy, "needs_upcoming", False) and not is_foreseen(options, transfer):
         raise UsageError(
             f"--policy {policy.name} must know which rows a step decides before the step runs, which takes --remasking "
-            f"random and --transfer quota; these are {options.remasking} and {transfer.name}"
+            f"random and --transfer quota, or --transfer ddpm or ddpm-cache; these are {options.remasking} and {transfer.name}"
         )

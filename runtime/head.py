@@ -17,6 +17,11 @@ STATES: Mapping[HeadGraph, str] = {"head_tracked": "distribution", "head_credite
 
 STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_logits", "logsumexp")
 
+MOVED = ("divergence", "similarity")
+"""What `head_tracked` gives beside the statistics."""
+DRAWN = ("drawn", "drawn_logit")
+"""What `head_drawn` gives beside the statistics."""
+
 BANNED = -1e30
 """Logit bias of a token that must not be chosen; its probability is exactly 0 in float32."""
 
@@ -31,6 +36,8 @@ class Candidates:
     entropy: NDArray[np.float32]  # [B, Q], in nats
     divergence: NDArray[np.float32] | None = None  # [B, Q] KL(p || p of the step before), in nats, of `head_tracked`
     similarity: NDArray[np.float32] | None = None  # [B, Q] cosine of the two
+    drawn: NDArray[np.int32] | None = None  # [B, Q] a token drawn from the whole vocabulary, of `head_drawn`
+    drawn_logit: NDArray[np.float32] | None = None  # [B, Q]
 
     def take(self, index: NDArray[np.int32]) -> Candidates:
         """The statistics of these places among the candidates [B, n]."""
@@ -46,8 +53,12 @@ class Head:
     one and writes the other.
     """
 
-    def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
+    def __init__(
+        self, session: Session, shape: ModelShape, request: RequestShape, shared: Mapping[str, Buffer] | None = None
+    ) -> None:
+        """`shared` are inputs of all head graphs that somebody else writes."""
         self._session, self._shape, self._request = session, shape, request
+        self._shared = shared or {}
         self._top = min(TOP_TOKENS, shape.vocab)
         self._buffers: dict[tuple[str, int], Buffer] = {}
         self._programs: dict[tuple[object, ...], Program] = {}
@@ -69,6 +80,7 @@ class Head:
         if key not in self._programs:
             tensors = {
                 "hidden": hidden,
+                **self._shared,
                 "bias": self._bias_buffer(banned),
                 **{name: self._output(name, count) for name in ("index", *STATISTICS)},
             }
@@ -94,9 +106,10 @@ class Head:
         key = (graph, id(hidden), count, banned, half)
         if key not in self._programs:
             state = STATES[graph]
-            outputs = (*STATISTICS, *(("divergence", "similarity") if graph == "head_tracked" else ()))
+            outputs = (*STATISTICS, *(MOVED if graph == "head_tracked" else ()))
             tensors = {
                 "hidden": hidden,
+                **self._shared,
                 "bias": self._bias_buffer(banned),
                 "guidance": self.guidance,
                 "cfg_scale": self._scale,
@@ -119,32 +132,54 @@ class Head:
         key = ("head_given", id(hidden), count, banned)
         if key not in self._programs:
             named = {name: self._output(name, count) for name in ("index", "token", "probability")}
-            call = GraphCall("head_given", None, {"hidden": hidden, "bias": self._bias_buffer(banned), **named})
-            self._programs[key] = self._session.prepare([call])
+            given = {"hidden": hidden, **self._shared, "bias": self._bias_buffer(banned)}
+            self._programs[key] = self._session.prepare([GraphCall("head_given", None, {**given, **named})])
         return self._programs[key]
 
     def read_given(self, count: int) -> NDArray[np.float32]:
         """The probabilities [B, Q] of the last run of `prepare_given` with this many rows."""
         return self._output("probability", count).read()
 
+    def prepare_drawn(
+        self,
+        hidden: Buffer,
+        index: NDArray[np.int32],
+        banned: frozenset[int],
+        uniform: NDArray[np.float32],
+        sharpness: float,
+    ) -> Program:
+        """The program that also draws a token for each candidate by the numbers `uniform` [B, Q, 2], at 1 / temperature."""
+        count = index.shape[1]
+        for name, array in (("index", index), ("uniform", uniform)):
+            self._output(name, count).write(array)
+        self._scalar("sharpness").write(np.array([sharpness], np.float32))
+        key: tuple[object, ...] = ("head_drawn", id(hidden), count, banned)
+        if key not in self._programs:
+            tensors = {
+                "hidden": hidden,
+                **self._shared,
+                "bias": self._bias_buffer(banned),
+                "guidance": self.guidance,
+                "cfg_scale": self._scale,
+                "sharpness": self._scalar("sharpness"),
+                **{name: self._output(name, count) for name in ("index", "uniform", *STATISTICS, *DRAWN)},
+            }
+            self._programs[key] = self._session.prepare([GraphCall("head_drawn", None, tensors)])
+        return self._programs[key]
+
     def prepare_guidance(self, conditional: Buffer, unconditional: Buffer) -> Program:
         """The program that refreshes the guidance residual."""
         key = (id(conditional), id(unconditional), True, frozenset({-1}))
         if key not in self._programs:
-            tensors = {"hidden": conditional, "unconditional": unconditional, "guidance_out": self.guidance}
+            rows = {"hidden": conditional, "unconditional": unconditional, "guidance_out": self.guidance}
+            tensors = {**rows, **self._shared}
             self._programs[key] = self._session.prepare([GraphCall("guidance", None, tensors)])
         return self._programs[key]
 
-    def read(self, count: int, *, tracked: bool = False) -> Candidates:
-        """The statistics of the last run with this many candidate rows."""
-        moved = ("divergence", "similarity") if tracked else ()
-        return Candidates(
-            self._output("top_tokens", count).read(),
-            self._output("top_logits", count).read(),
-            self._output("logsumexp", count).read(),
-            self._output("entropy", count).read(),
-            *(self._output(name, count).read() for name in moved),
-        )
+    def read(self, count: int, *others: str) -> Candidates:
+        """The statistics of the last run with this many candidate rows, and the `others` that its graph gives."""
+        names = ("top_tokens", "top_logits", "logsumexp", "entropy", *others)
+        return Candidates(**{name: self._output(name, count).read() for name in names})
 
     def _output(self, name: str, count: int) -> Buffer:
         if (name, count) not in self._buffers:
@@ -153,7 +188,9 @@ class Head:
                 dims = (*dims, self._top)
             if name.partition(".")[0] in STATES.values():
                 dims = (*dims, self._shape.vocab)
-            type: TensorType = "int32" if name in ("index", "token", "top_tokens") else "float32"
+            if name == "uniform":
+                dims = (*dims, 2)
+            type: TensorType = "int32" if name in ("index", "token", "top_tokens", "drawn") else "float32"
             self._buffers[name, count] = self._session.allocate(dims, type)
         return self._buffers[name, count]
 

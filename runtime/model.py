@@ -12,15 +12,17 @@ import numpy as np
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.bundle import Bundle, open_bundle
+from dllm_export.runtime.decoder import check_options
 from dllm_export.runtime.generate import Denoiser, Frame, Workspace
-from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.options import GenerationOptions, SettledOptions
+from dllm_export.runtime.plugins import find_transfer
 from dllm_export.runtime.policies import CachePolicy, NoCache
 from dllm_export.runtime.prefix_profile import PrefixProfile, digest_weights
 from dllm_export.runtime.prefix_store import PREFIX_BUDGET, PrefixStore
 from dllm_export.runtime.request import Request, continuation, infilling, share_prefix
 from dllm_export.runtime.session import Session, SessionOptions, open_session
 from dllm_export.runtime.tokenizer import Tokenizer
-from dllm_export.runtime.transfers import Quota, Transfer
+from dllm_export.runtime.transfers import Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,13 @@ class DiffusionLM:
         """Checked request: token ids with mask ids anywhere."""
         return infilling(canvases, options, self.bundle.manifest.shape, self.bundle.manifest.tokens)
 
+    def settle(self, options: GenerationOptions, transfer: Transfer | None = None) -> tuple[SettledOptions, Transfer]:
+        """Options and decoding rule with the defaults of the bundle's family filled in."""
+        sampler = self.bundle.manifest.sampler
+        rule = find_transfer(sampler.transfer)() if transfer is None else transfer
+        check_options(options, rule)
+        return options.settle(sampler), rule
+
     def share(
         self,
         request: Request,
@@ -133,18 +142,22 @@ class DiffusionLM:
         request: Request,
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
-        transfer: Transfer = Quota(),
+        transfer: Transfer | None = None,
         *,
         watch: bool = False,
     ) -> Iterator[Frame]:
-        """One frame per denoising step; stop iterating to cancel. Streams may be interleaved: none shares a buffer."""
+        """One frame per denoising step; stop iterating to cancel. Streams may be interleaved: none shares a buffer.
+
+        What options leave open and a missing `transfer` are the family's.
+        """
+        settled, rule = self.settle(options, transfer)
         # The last request's buffers and prepared programs are taken if they fit, and put back afterwards.
         workspace, self._workspace = self._workspace, None
         manifest = self.bundle.manifest
         if workspace is None or workspace.request != request.shape:
             workspace = Workspace(self.session, manifest.shape, request.shape)
         denoiser = Denoiser(
-            workspace, manifest.shape, manifest.tokens, request, options, policy, transfer, watch, self.prefixes
+            workspace, manifest.shape, manifest.tokens, request, settled, policy, rule, watch, self.prefixes
         )
         try:
             yield from denoiser.frames()
@@ -162,7 +175,7 @@ class DiffusionLM:
         request: Request,
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
-        transfer: Transfer = Quota(),
+        transfer: Transfer | None = None,
     ) -> list[Generation]:
         """Denoise a request to its end."""
         start = time.perf_counter()
@@ -174,7 +187,7 @@ class DiffusionLM:
         prompts: Sequence[str],
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
-        transfer: Transfer = Quota(),
+        transfer: Transfer | None = None,
     ) -> list[Generation]:
         """Continue every prompt."""
         request = self.continuation([self.encode(prompt) for prompt in prompts], options)
@@ -185,7 +198,7 @@ class DiffusionLM:
         texts: Sequence[str],
         options: GenerationOptions = GenerationOptions(),
         policy: CachePolicy = NoCache(),
-        transfer: Transfer = Quota(),
+        transfer: Transfer | None = None,
     ) -> list[Generation]:
         """Fill the mask tokens in every text; a result's tokens start at its first mask, its text is the whole text."""
         request = self.infilling([self.encode(text) for text in texts], options)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from dllm_export.errors import UsageError
-from dllm_export.graphs.families import Remasking
+from dllm_export.graphs.families import Remasking, SamplerDefaults
 
 OPTION_TYPES: tuple[type, ...] = (int, float, str, bool, Path)
 """Types that an option can have, beside a Literal of texts; each may also be None."""
@@ -30,12 +30,14 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
-    """How to denoise. gen_length and block_length default to what the bundle's family records."""
+    """How to denoise. What is None is left to the bundle's family; `settle` fills it in."""
 
     steps: int | None = option(None, "denoising steps over all blocks; default: one token per step")
     gen_length: int | None = option(None, "tokens to generate")
     block_length: int | None = option(None, "semi-autoregressive block; must divide gen-length; default: gen-length")
-    temperature: float = option(0.0, "0 takes the most likely token; above 0 samples (seeded)")
+    temperature: float | None = option(
+        None, "0 takes the most likely token; above 0 samples (seeded); default: the family's own"
+    )
     cfg_scale: float = option(0.0, "classifier-free guidance scale; above 0 runs a second, unconditional pass")
     cfg_interval: int = option(1, "steps between refreshes of the guidance residual (always fresh in steps 1 to 5)")
     remasking: Remasking = option(  # noqa: RUF009 (a field declaration; the rule knows it only from other files)
@@ -54,12 +56,25 @@ class GenerationOptions:
         require_at_least(self, 1, "steps", "gen_length", "block_length", "cfg_interval")
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
+            if value is not None and not 0.0 <= value < float("inf"):
                 raise UsageError(f"{flag(name)} is {value}, expected a number from 0 up")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}, expected 0 or more")
         if self.remasking not in get_args(Remasking):
             raise UsageError(f"--remasking is {self.remasking!r}, expected one of: {', '.join(get_args(Remasking))}")
+
+    def settle(self, sampler: SamplerDefaults) -> SettledOptions:
+        """The same with the family's defaults filled in."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        temperature = sampler.temperature if self.temperature is None else self.temperature
+        return SettledOptions(**{**values, "temperature": temperature})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettledOptions(GenerationOptions):
+    """Options with every default of the family filled in."""
+
+    temperature: float
 
 
 def require_at_least(options: object, least: int, *names: str) -> None:

@@ -100,6 +100,10 @@ def measure_profile(
 ) -> PrefixProfile:
     """Profile of a prefix (token ids) in whole sequences that start with it, masks included."""
     shape, rows = manifest.shape, len(prefix)
+    if shape.conditioning or shape.block:
+        raise UsageError(
+            "this model's features of a prefix cannot be shared: they follow the noise level of a step, or it attends by blocks"
+        )
     alone = compute_features(session, shape, prefix)
     found: dict[int, list[NDArray[np.float64]]] = {}
     for text in texts:

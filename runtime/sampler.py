@@ -41,6 +41,8 @@ def propose(
     """
     tokens = candidates.top_tokens[sequence, :count]
     logits = candidates.top_logits[sequence, :count].astype(np.float64)
+    if temperature > 0 and candidates.drawn is not None:
+        return _propose_drawn(candidates, sequence, count)
     if temperature > 0:
         noise = rng.random(logits.shape)
         choice = np.argmax(logits - temperature * np.log(-np.log(np.maximum(noise, np.finfo(np.float64).tiny))), axis=1)
@@ -53,6 +55,15 @@ def propose(
     if ranked_last:
         confidence[np.isin(chosen, list(ranked_last))] = 0.0
     return Proposal(chosen, confidence)
+
+
+def _propose_drawn(candidates: Candidates, sequence: int, count: int) -> Proposal:
+    """The tokens that the head drew."""
+    assert candidates.drawn is not None
+    assert candidates.drawn_logit is not None
+    logits = candidates.drawn_logit[sequence, :count].astype(np.float64)
+    confidence = np.exp(logits - candidates.logsumexp[sequence, :count].astype(np.float64))
+    return Proposal(candidates.drawn[sequence, :count], confidence)
 
 
 def rank(

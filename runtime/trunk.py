@@ -7,7 +7,7 @@ once and then only run, as long as they are among the last used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -25,8 +25,12 @@ from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
 class Trunk:
     """Embedding and layers of one request: `prepare` gives a plan's program, `hidden` the response's rows after it ran."""
 
-    def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
+    def __init__(
+        self, session: Session, shape: ModelShape, request: RequestShape, shared: Mapping[str, Buffer] | None = None
+    ) -> None:
+        """`shared` are inputs of all layer graphs that somebody else writes."""
         self._shape, self.request = shape, request
+        self._shared = shared or {}
         self._buffers = Buffers(session, shape, request)
         self._compact = CompactCache(self._buffers, shape, request)
         self.port = PrefixPort(session, self._buffers, request)
@@ -84,7 +88,7 @@ class Trunk:
     def attended(self, plan: StepPlan, layer: int) -> dict[str, Buffer]:
         """What the rows of this plan's step, just run, attended to in a layer: `key`, `value`, `cos`, `sin` and `mask`."""
         if plan.rows is not None and plan.compaction is not None:
-            return self._compact.attended(plan.compaction, layer)
+            return {**self._compact.attended(plan.compaction, layer), **self._shared}
         return {**dict(zip(("key", "value"), self.features(layer), strict=True)), **self._context()}
 
     def places(self, plan: StepPlan, block: tuple[int, int]) -> NDArray[np.int32]:
@@ -196,7 +200,8 @@ class Trunk:
             own = np.arange(self.request.response_rows, dtype=np.int32)
             index = self._positions("response") if plan.alive == "sequence" else self._repeat("index.own", own, "int32")
             kept = self._buffers.cache("indicator", layer, new)
-            yield GraphCall("layer_indicator", layer, {"hidden": hidden, "index": index, "indicator_out": kept})
+            tensors = {"hidden": hidden, "index": index, "indicator_out": kept, **self._shared}
+            yield GraphCall("layer_indicator", layer, tensors)
 
     def _alive_count(self, plan: StepPlan) -> int:
         if plan.rows is not None:
@@ -217,7 +222,7 @@ class Trunk:
         whole = plan.alive == "sequence"
         tensors["delta_out"] = after = self._new_delta(plan, layer, new)
         if plan.compaction is not None and plan.rows is not None:
-            own = {**stream, "delta_out": after, **self._compact.tensors(plan.compaction, layer)}
+            own = {**stream, "delta_out": after, **self._shared, **self._compact.tensors(plan.compaction, layer)}
             yield GraphCall("layer_partial", layer, own)
         elif step.graph == "layer_full":
             yield GraphCall("layer_full", layer, tensors)
@@ -258,6 +263,7 @@ class Trunk:
             "cos": self._buffers.get("cos", (*dims, rotary), "float32"),
             "sin": self._buffers.get("sin", (*dims, rotary), "float32"),
             "mask": self._buffers.get("mask", dims, "bool"),
+            **self._shared,
         }
 
     def _tokens(self, plan: StepPlan) -> Buffer:

@@ -89,7 +89,7 @@ def run_layers(
 
 def classify(shape: ModelShape, weights: Weights, hidden: Tensor) -> Tensor:  # [B, Q, D] -> [B, Q, V]
     """Logits in float32, as the head graph computes them before its statistics."""
-    rows = normalize(TorchOps(), hidden, weights["norm"].to(hidden.dtype), shape.norm_eps)
+    rows = normalize(TorchOps(), shape, hidden, {"norm": weights["norm"].to(hidden.dtype)}, "norm")
     return (rows @ weights["head"].to(hidden.dtype)).float()
 
 

@@ -24,7 +24,7 @@ from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy
 from dllm_export.runtime.session import SessionOptions, open_session
-from dllm_export.runtime.transfers import Transfer
+from dllm_export.runtime.transfers import Quota, Transfer
 from dllm_export.tools.flags import Command, Flag, from_fields, shared_flags, strategy_flags
 from dllm_export.tools.output import format_bytes, on_terminal, plural, print_json, print_note, print_pairs
 from dllm_export.tools.prefix_flags import PrefixOptions
@@ -97,7 +97,7 @@ def command(
     chat: bool,
     options: GenerationOptions,
     policy: CachePolicy,
-    transfer: Transfer,
+    transfer: Transfer | None,
     prefix: PrefixOptions,
     session: SessionOptions,
     as_json: bool,
@@ -107,7 +107,7 @@ def command(
     Generates as `generate` does up to the first call of GRAPH, and writes GRAPH.onnx with weights as inputs,
     inputs.json (weights too) and outputs.json for `polygraphy run`. Needs the extra `polygraphy`.
     """
-    check_strategies(options, policy, transfer)
+    check_strategies(options, policy, transfer or Quota())
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)
     prefix.check(policy)
     check_folder(output)

@@ -99,7 +99,13 @@ def check_before_export(model: Path, options: ExportOptions, build_options: Buil
     from dllm_export.exporter.checkpoint import open_checkpoint
 
     target = choose_target(build_options)
-    checkpoint = open_checkpoint(model, family=options.family, mask_id=options.mask_id, layers=options.num_layers)
+    checkpoint = open_checkpoint(
+        model,
+        family=options.family,
+        mask_id=options.mask_id,
+        layers=options.num_layers,
+        tokenizer=options.tokenizer,
+    )
     check_build(target.library, build_options, options.dtype, checkpoint.config.shape.max_length)
     return target
 

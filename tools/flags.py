@@ -73,15 +73,25 @@ class Choice:
 
     parameter: str
     strategies: Strategies[Any]
-    default: str
+    default: str | None
+    """None leaves the choice to the bundle's family."""
     section: str
     help: str
 
-    def make(self, name: str, values: Mapping[str, Any]) -> Any:
-        """The strategy of this name with the values that were given (not None).
+    def make(self, name: str | None, values: Mapping[str, Any]) -> Any:
+        """The strategy of this name with the values that were given (not None); None without a name.
 
         One that wraps another of its kind passes on what belongs to that, or not to itself.
         """
+        if name is None:
+            for field, value in values.items():
+                if value is not None:
+                    owners = self.owners[field]
+                    raise UsageError(
+                        f"{flag(field)} belongs to the {self.strategies.noun}: {', '.join(owners)}; "
+                        f"add {flag(self.parameter)} {owners[0]} or leave it out"
+                    )
+            return None
         kind = self.strategies.find(name)
         if name in self.strategies.faults:
             print_warning(self.strategies.faults[name])
@@ -125,9 +135,10 @@ def strategy_flags(command: Callable[..., object]) -> Callable[..., object]:
     transfer = Choice(
         parameter="transfer",
         strategies=installed.transfers,
-        default="quota",
+        default=None,
         section="Decoding rule",
-        help="which tokens a step decides; all but quota decide as many as they trust and end when all are decided",
+        help="which tokens a step decides; quota, ddpm and sedd keep to --steps, the others decide as many as they trust; "
+        "default: the family's own",
     )
     decorated: Callable[..., object] = choice_flags(policy)(choice_flags(transfer)(command))
     return decorated
@@ -167,7 +178,7 @@ def choice_flags(choice: Choice) -> Decorator[Any]:
             cls=Flag,
             section=choice.section,
             default=choice.default,
-            show_default=True,
+            show_default=choice.default is not None,
             metavar="|".join(kinds),
             help=choice.help,
         )

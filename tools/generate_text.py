@@ -62,7 +62,7 @@ def command(
     chat: bool,
     options: GenerationOptions,
     policy: CachePolicy,
-    transfer: Transfer,
+    transfer: Transfer | None,
     prefix: PrefixOptions,
     session: SessionOptions,
     watch: bool,
@@ -73,13 +73,14 @@ def command(
 
     Without a prompt option the prompt is read from stdin. The text goes to stdout and nothing else does.
     """
-    check_strategies(options, policy, transfer)
+    check_strategies(options, policy, transfer or Quota())
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)
     prefix.check(policy)
     with DiffusionLM.from_pretrained(bundle, session, prefix_budget=prefix.prefix_budget) as model:
         request = prefix.share(model, make_request(model, prompts, options))
-        batch = denoise(model, request, options, policy, transfer, watch=watch)
-        settings = describe_settings(model, request, options, session) | describe_strategies(policy, transfer)
+        settled, rule = model.settle(options, transfer)
+        batch = denoise(model, request, settled, policy, rule, watch=watch)
+        settings = describe_settings(model, request, settled, session) | describe_strategies(policy, rule)
         if request.prefix is not None:
             settings["prefix"] = describe(request.prefix)
         has_text, held = model.tokenizer is not None, model.session.inspect()
@@ -97,7 +98,7 @@ def denoise(
     request: Request,
     options: GenerationOptions,
     policy: CachePolicy,
-    transfer: Transfer = Quota(),
+    transfer: Transfer | None = None,
     *,
     watch: bool,
 ) -> list[Generation]:

@@ -28,19 +28,19 @@ T = TypeVar("T")
 class HarnessModel(LM):
     """Answers tasks of the kind `generate_until`. Settings are the flags of `generate`, with underscores."""
 
-    def __init__(self, bundle: str, policy: str = "none", transfer: str = "quota", **settings: Any) -> None:
+    def __init__(self, bundle: str, policy: str = "none", transfer: str | None = None, **settings: Any) -> None:
         super().__init__()
         # The harness hands these to every model. Requests run one by one; its own default device is not taken for a wish.
         left = {name: value for name, value in settings.items() if name not in ("batch_size", "max_batch_size")}
         if left.get("device") in (None, "cuda:0"):
             left.pop("device", None)
         self.policy = take(find_policy(policy), left)
-        self.transfer = take(find_transfer(transfer), left)
+        self.transfer = None if transfer is None else take(find_transfer(transfer), left)
         self.options = take(GenerationOptions, left)
         session = take(SessionOptions, left)
         if left:
             raise UsageError(
-                f"model_args has {', '.join(left)}, which no option of {policy}, {transfer} or generate is called"
+                f"model_args has {', '.join(left)}, which no option of {policy}, {transfer or 'a rule'} or generate is called"
             )
         self.model = DiffusionLM.from_pretrained(bundle, session)
 
@@ -64,7 +64,7 @@ class HarnessModel(LM):
         options = self.options
         if options.gen_length is None and "max_gen_toks" in task:
             options = replace(options, gen_length=int(task["max_gen_toks"]))
-        if task.get("do_sample") and options.temperature == 0:
+        if task.get("do_sample") and not options.temperature:
             options = replace(options, temperature=float(task.get("temperature", 1.0)))
         text = self.model.generate([prompt], options, self.policy, self.transfer)[0].text
         stops = task.get("until") or []

@@ -11,13 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_export.graphs import ModelShape
-from dllm_export.graphs.families import TensorNames, huggingface, layer_slots, llada
+from dllm_export.graphs.families import TensorNames, dit, huggingface, layer_slots, llada
+from dllm_export.graphs.families.family import MODULATED_SLOTS
+from dllm_export.tools.dit_config import bd3lm_config, mdlm_config, sedd_config
 from dllm_export.tools.huggingface_config import huggingface_config
 from dllm_export.tools.llada_config import llada_config
 
 GAIN = 1.5
 """Standard deviation of a matrix times the square root of its inputs. Below 1 rows and steps hardly differ, which hides
 errors."""
+
+CONDITIONING = 16
+"""Width of what the time conditions the norms by, in families whose norms are modulated."""
+TIME_WIDTH = 256
 
 
 def write_random_checkpoint(
@@ -46,6 +52,12 @@ def checkpoint_config(family: str, shape: ModelShape, *, mask: int, end: int) ->
     """config.json of a family with the sizes and flags of this shape."""
     if family == "llada":
         return llada_config(shape, mask=mask, end=end)
+    if family == "bd3lm":
+        return bd3lm_config(shape, conditioning=CONDITIONING, mask=mask, end=end)
+    if family == "mdlm":
+        return mdlm_config(shape, conditioning=CONDITIONING, mask=mask, end=end)
+    if family == "sedd":
+        return sedd_config(shape, conditioning=CONDITIONING, end=end)
     return huggingface_config(family, shape, mask=mask, end=end)
 
 
@@ -67,6 +79,8 @@ def write_shards(directory: Path, tensors: Mapping[str, Tensor], count: int) -> 
 
 def tensor_names(family: str) -> TensorNames:
     """What the family's checkpoints call their tensors."""
+    if family in ("mdlm", "bd3lm", "sedd"):
+        return dit.tensor_names("" if family == "sedd" else "backbone.")
     return llada.tensor_names(1) if family == "llada" else huggingface.NAMES
 
 
@@ -81,13 +95,19 @@ def random_tensors(shape: ModelShape, generator: torch.Generator, family: str = 
 
     def draw(slot: str) -> Tensor:
         outputs, inputs = sizes[slot]
+        if slot.endswith("modulation_bias"):  # of shifts, scales and gates alike, far enough from nothing to be seen
+            return vector(outputs, 0.5)
         return matrix(outputs, inputs) if inputs else vector(outputs, 0.0 if slot.endswith("bias") else 1.0)
 
+    time = CONDITIONING
     d, query, kv, mlp = shape.hidden, shape.query_width, shape.key_width, shape.mlp
     sizes = {
         "norm1": (d, 0), "q": (query, d), "k": (kv, d), "v": (kv, d), "out": (d, query), "norm2": (d, 0),
         "gate": (mlp, d), "up": (mlp, d), "down": (d, mlp), "q_bias": (query, 0), "k_bias": (kv, 0), "v_bias": (kv, 0),
-        "q_norm": (shape.head_dim, 0), "k_norm": (shape.head_dim, 0),
+        "q_norm": (shape.head_dim, 0), "k_norm": (shape.head_dim, 0), "qkv": (query + 2 * kv, d),
+        "up_bias": (mlp, 0), "down_bias": (d, 0), "modulation": (6 * d, time), "modulation_bias": (6 * d, 0),
+        "head_bias": (shape.vocab, 0), "norm_modulation": (2 * d, time), "norm_modulation_bias": (2 * d, 0),
+        "time1": (time, TIME_WIDTH), "time1_bias": (time, 0), "time2": (time, time), "time2_bias": (time, 0),
     }  # fmt: skip
     names = tensor_names(family)
     tensors = {
@@ -96,6 +116,8 @@ def random_tensors(shape: ModelShape, generator: torch.Generator, family: str = 
     }
     if not shape.tied_head:
         tensors[names.head] = matrix(shape.vocab, d)
+    tensors |= {name: draw(slot) for slot, name in names.others.items()}
+    slots = MODULATED_SLOTS if names.others else layer_slots(shape)
     for layer in range(shape.layers):
-        tensors |= {names.in_layer(slot, layer): draw(slot) for slot in layer_slots(shape)}
+        tensors |= {names.in_layer(slot, layer): draw(slot) for slot in slots}
     return tensors

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from dllm_export.graphs.families.detection import find_family
+from dllm_export.graphs.families.bd3lm import BD3LM
+from dllm_export.graphs.families.detection import find_family, refuse_files
 from dllm_export.graphs.families.family import (
     BIAS_SLOTS,
     LAYER_SLOTS,
@@ -23,8 +24,10 @@ from dllm_export.graphs.families.family import (
 from dllm_export.graphs.families.illada import ILLADA
 from dllm_export.graphs.families.known import KNOWN
 from dllm_export.graphs.families.llada import LLADA
+from dllm_export.graphs.families.mdlm import MDLM
+from dllm_export.graphs.families.sedd import SEDD
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA, MDLM, BD3LM, SEDD)}
 """Families that can be exported."""
 
 KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in KNOWN}
@@ -34,6 +37,11 @@ KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in K
 def detect_family(source: Source, name: str | None = None) -> Family:
     """The family of this name, or without one the checkpoint's own; an error if it is none that can be exported."""
     return find_family(FAMILIES, KNOWN_FAMILIES, source, name)
+
+
+def refuse_other_layouts(files: Iterable[str]) -> None:
+    """An error where these are the files of a known family that publishes no config.json."""
+    refuse_files(KNOWN_FAMILIES.values(), files)
 
 
 __all__ = [
@@ -53,4 +61,5 @@ __all__ = [
     "TensorNames",
     "detect_family",
     "layer_slots",
+    "refuse_other_layouts",
 ]

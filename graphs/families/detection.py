@@ -25,6 +25,14 @@ def find_family(
     return found
 
 
+def refuse_files(known: Iterable[KnownFamily], files: Iterable[str]) -> None:
+    """An error where these are the files of a family that publishes no config.json."""
+    files = set(files)
+    for family in known:
+        if family.marks.files and set(family.marks.files) <= files:
+            raise CheckpointError(f"family {family.title} is recognised but not supported: {family.reason}")
+
+
 def match_family(families: Iterable[Family | KnownFamily], source: Source) -> Family | KnownFamily:
     """The one family whose marks the checkpoint bears."""
     families = tuple(families)

@@ -14,6 +14,10 @@ Remasking = Literal["low_confidence", "random", "margin", "entropy"]
 LAYER_SLOTS = ("norm1", "q", "k", "v", "out", "norm2", "gate", "up", "down")
 BIAS_SLOTS = ("q_bias", "k_bias", "v_bias")
 QK_NORM_SLOTS = ("q_norm", "k_norm")
+MODULATED_SLOTS = (
+    *("norm1", "qkv", "out", "norm2", "up", "up_bias", "down", "down_bias", "modulation", "modulation_bias"),
+)
+"""Tensors of a layer whose norms are modulated by the time, as its checkpoints store them."""
 
 
 def layer_slots(shape: ModelShape) -> tuple[str, ...]:
@@ -73,10 +77,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerDefaults:
-    """The family's own sampling defaults."""
+    """The family's own sampling defaults, for whoever does not say otherwise."""
 
     gen_length: int
     block_length: int
+    temperature: float = 0.0
+    transfer: str = "quota"
+    """Name of the decoding rule, which then has its own default settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +96,8 @@ class TensorNames:
     layer: Mapping[str, str]
     """Slot -> name with the placeholders {layer}, {group} and {member}."""
     group_size: int = 1
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Slot -> name of tensors outside the layers that only some models have."""
 
     def in_layer(self, slot: str, layer: int) -> str:
         """The name of a layer's tensor."""
@@ -106,8 +115,19 @@ class ModelConfig:
     names: TensorNames
     end_of_turn: str | None = None
     """Text of the end-of-turn token; its id comes from the tokenizer."""
+    conditioning: int = 0
+    """Width of what the time conditions the norms by; 0 where no norm is modulated."""
+    logit_offset: float = 0.0
+    """Added to all logits: a constant of what a model's output means."""
+    tokenizer: str = ""
+    """Whose tokenizer it is, where checkpoints of the family are published without one."""
     assumed: tuple[str, ...] = field(default=())
     """Values that came from the family's table because the checkpoint does not state them, as sentences."""
+
+    @property
+    def layer_slots(self) -> tuple[str, ...]:
+        """Every tensor of a layer that the checkpoint stores, by slot."""
+        return MODULATED_SLOTS if self.conditioning else layer_slots(self.shape)
 
 
 def confirm_always(source: Source) -> bool:
@@ -122,6 +142,8 @@ class Marks:
     architectures: tuple[str, ...] = ()
     """Patterns of architectures[0]; the first one is a name in full."""
     model_types: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """Files of a checkpoint without a config.json."""
     confirm: Callable[[Source], bool] = confirm_always
     """Tells apart families that share an architecture or a model type."""
 

@@ -12,6 +12,12 @@ def has_experts(source: Source) -> bool:
 
 KNOWN = (
     KnownFamily(
+        name="plaid",
+        title="Plaid-1B",
+        marks=Marks(files=("embedding_matrix.pt", "noise_schedule.pt")),
+        reason="it diffuses embeddings, not tokens: every position changes in every step, and no row is ever decided",
+    ),
+    KnownFamily(
         name="llada-moe",
         title="LLaDA-MoE",
         marks=Marks(

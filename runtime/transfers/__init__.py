@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from dllm_export.runtime.transfers.apd import AdaptiveThreshold
 from dllm_export.runtime.transfers.credit import Credit
+from dllm_export.runtime.transfers.ddpm import Ddpm, DdpmCache
 from dllm_export.runtime.transfers.entropy_bound import EntropyBound
 from dllm_export.runtime.transfers.factor import Factor
 from dllm_export.runtime.transfers.hierarchy import Hierarchy
 from dllm_export.runtime.transfers.klass import Klass
 from dllm_export.runtime.transfers.quota import Quota
+from dllm_export.runtime.transfers.sedd import Sedd
 from dllm_export.runtime.transfers.slow_fast import SlowFast
 from dllm_export.runtime.transfers.threshold import Threshold
 from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
@@ -27,6 +29,9 @@ ALL: tuple[type[Transfer], ...] = (
     Credit,
     SlowFast,
     Wino,
+    Ddpm,
+    DdpmCache,
+    Sedd,
 )
 TRANSFERS: Mapping[str, type[Transfer]] = {transfer.name: transfer for transfer in ALL}
 
@@ -35,11 +40,14 @@ __all__ = [
     "AdaptiveThreshold",
     "Choice",
     "Credit",
+    "Ddpm",
+    "DdpmCache",
     "EntropyBound",
     "Factor",
     "Hierarchy",
     "Klass",
     "Quota",
+    "Sedd",
     "SlowFast",
     "Threshold",
     "Transfer",

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.graphs import HeadGraph
+from dllm_export.runtime.schedule import commit_counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,7 +25,7 @@ class TransferState:
     block: tuple[int, int]
     """First row of the block and the one after its last."""
     block_step: int
-    """1-based within the block."""
+    """1-based within the block; of the schedule, where the rule keeps one."""
     block_masks: int
     """Rows that were masked when the block began."""
     rows: NDArray[np.int64]  # [n] the candidates: masked rows
@@ -41,6 +42,11 @@ class TransferState:
     verified: NDArray[np.float64] | None = None
     """[m] Probability that each decided row's token has in the row's shadow, which sees all but the row (docs/policies.md);
     for rules that ask for it with `verifies`."""
+    steps: int = 1
+    """Steps of the block's schedule."""
+    draw: NDArray[np.float64] | None = None
+    """[n] A random number from 0 to 1 for each candidate, drawn before the forward pass for a rule that `draws`."""
+    logsumexp: NDArray[np.float64] | None = None  # [n] of the row's logits, without banned tokens
     memory: Any = None
     """What the rule's last choice for this sequence wanted to see again; None at first."""
 
@@ -69,9 +75,34 @@ class Transfer(Protocol):
     """Whether the rule may mask decided rows again."""
     verifies: ClassVar[bool] = False
     """Whether the rule looks at `verified`: a step with decided rows in its block then also runs the block's shadow."""
+    idles: ClassVar[bool] = False
+    """Whether a step that is known to commit nothing is left out, its forward pass too."""
+
+    sees_noise: ClassVar[bool] = False
+    """Whether the rule is for models that are shown the noise level of a step, and states it."""
+    extra_steps: ClassVar[int] = 0
+    """Steps of a block beyond those of its schedule."""
 
     head: ClassVar[HeadGraph] = "head"
-    """Which head graph gives the statistics. One that keeps a state runs on every row of the block."""
+    """Which head graph gives the statistics. One that keeps a state runs on every row of the block; `head_drawn` draws tokens
+    from the whole vocabulary, and where the rows are known before the step it runs on them alone."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the rule looks at `draw`."""
+        return False
+
+    def quotas(self, begun: NDArray[np.int64], masked: NDArray[np.int64], step: int, steps: int) -> NDArray[np.int64]:
+        """Rows that a step of a block's schedule commits in each sequence [B], by its masks at the block's begin and now."""
+        return commit_counts(begun, steps)[:, step - 1]
+
+    def noise_level(self, step: int, steps: int) -> float:
+        """What a step of a block shows to a model that sees the noise level."""
+        return 0.0
+
+    def is_greedy(self, step: int, steps: int) -> bool:
+        """Whether a step of a block takes the likeliest tokens, whatever the temperature."""
+        return False
 
     def head_inputs(self, block_step: int) -> Mapping[str, float]:
         """Numbers that the head graph takes in this step of a block, by name: those of `head_credited`."""

@@ -90,6 +90,8 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "credit_decay": np.array([0.8]),
         "credit_power": np.array([0.2]),
         "credit_weight": np.array([0.7]),
+        "sharpness": np.array([0.8]),
+        "uniform": rng.random((SIZES["B"], sizes["Q"], 2)),
     }
 
 

@@ -47,6 +47,11 @@ SHAPES = {
     "scaled": replace(PLAIN, embedding_scale=3.0, logits_scale=0.25),
     "wide vocabulary": replace(PLAIN, vocab=5000),
     "tiny vocabulary": replace(PLAIN, vocab=20),
+    "layer norm": replace(PLAIN, norm="layer"),
+    "gelu": replace(PLAIN, mlp_kind="gelu"),
+    "biases": replace(PLAIN, mlp_bias=True, head_bias=True, qkv_bias=True),
+    "dit": replace(PLAIN, norm="layer", mlp_kind="gelu", mlp_bias=True, head_bias=True, rope_float32=False),
+    "timed": replace(PLAIN, norm="layer", mlp_kind="gelu", mlp_bias=True, head_bias=True, conditioning=6),
 }
 GRAPHS = tuple(graph_specs(PLAIN))
 PICKING = ("layer_adaptive", "layer_tracking", "layer_indicated")
@@ -63,6 +68,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "graphs.json"
 
 OPERATORS = {
     *("Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Gather", "Log", "MatMul"),
+    *("GatherElements", "Greater", "Tanh"),
     *(
         "MaxPool",
         "Mul",
@@ -98,6 +104,17 @@ def test_both_readings_of_a_graph_agree(name: str, graph: str, draw_feeds: DrawF
             np.testing.assert_allclose(found[output], value, rtol=1e-3, atol=2e-5, err_msg=output)
         else:
             np.testing.assert_array_equal(found[output], value, err_msg=output)
+
+
+def test_what_a_noise_level_conditions_by_is_the_same_in_both_readings(
+    draw_feeds: DrawFeeds, run_graph: RunGraph
+) -> None:
+    feeds = draw_feeds(SHAPES["timed"], "condition")
+    expected, found = (
+        run_graph(reading, SHAPES["timed"], "condition", feeds)["condition_out"]
+        for reading in ("float64", "onnxruntime")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-5)
 
 
 @every_graph
@@ -202,8 +219,8 @@ def check_sums(model: ModelProto, scope: str) -> None:
 def test_signatures_are_those_that_bundles_were_written_with(tmp_path: Path) -> None:
     """A bundle of today must open tomorrow: names, types and dims change only together with the format number."""
     current = {
-        name: {graph: signatures(build(SHAPES[name], graph)) for graph in GRAPHS}
-        for name in ("plain", "bias", "tied", "query and key norms")
+        name: {graph: signatures(build(SHAPES[name], graph)) for graph in graph_specs(SHAPES[name])}
+        for name in ("plain", "bias", "tied", "query and key norms", "dit", "timed")
     }
     text = json.dumps(current, indent=1) + "\n"
     (tmp_path / "graphs.json").write_text(text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ PLAIN = ModelShape(
     qk_norm=True,
     indicator_rank=5,
 )
+LAYER_NORM = replace(PLAIN, norm="layer", mlp_kind="gelu", mlp_bias=True)
+SHAPES = (PLAIN, LAYER_NORM, replace(LAYER_NORM, conditioning=6))
 STAGED = {name: spec for name, spec in graph_specs(PLAIN).items() if spec.stages}
 
 
@@ -51,17 +54,17 @@ class Memory:
         return self.array
 
 
-def run_torch(spec: GraphSpec, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run_torch(shape: ModelShape, spec: GraphSpec, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tensors = {tensor.name: torch.from_numpy(feeds[tensor.name]) for tensor in (*spec.inputs, *spec.weights)}
-    results = spec.function(TorchOps(), PLAIN, tensors)
+    results = spec.function(TorchOps(), shape, tensors)
     return {tensor.name: results[tensor.name].numpy() for tensor in spec.outputs}
 
 
-def run_onnx(spec: GraphSpec, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run_onnx(shape: ModelShape, spec: GraphSpec, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # no fusion rounds otherwise
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(build_onnx(spec, PLAIN, "float32").SerializeToString(), options)
+    session = onnxruntime.InferenceSession(build_onnx(spec, shape, "float32").SerializeToString(), options)
     names = [tensor.name for tensor in spec.outputs]
     given = {tensor.name: feeds[tensor.name] for tensor in (*spec.inputs, *spec.weights)}
     return dict(zip(names, session.run(names, given), strict=True))
@@ -94,10 +97,12 @@ def run_stages(run: Any, spec: GraphSpec, feeds: dict[str, np.ndarray]) -> dict[
 
 
 @pytest.mark.parametrize("run", [run_torch, run_onnx])
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "layer norm", "timed"])
 @pytest.mark.parametrize("graph", sorted(STAGED))
-def test_the_stages_of_a_graph_are_the_graph(graph: str, run: Any, draw_feeds: Any) -> None:
+def test_the_stages_of_a_graph_are_the_graph(graph: str, shape: ModelShape, run: Any, draw_feeds: Any) -> None:
+    run = partial(run, shape)
     types = {"compute": np.float32, "float32": np.float32, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
-    spec, drawn = STAGED[graph], draw_feeds(PLAIN, graph)
+    spec, drawn = graph_specs(shape)[graph], draw_feeds(shape, graph)
     feeds = {
         tensor.name: np.ascontiguousarray(drawn[tensor.name].astype(types[tensor.type]))
         for tensor in (*spec.inputs, *spec.weights)
@@ -110,7 +115,7 @@ def test_the_stages_of_a_graph_are_the_graph(graph: str, run: Any, draw_feeds: A
 
 def test_every_weight_and_output_belongs_to_a_stage() -> None:
     assert STAGED
-    for name, spec in STAGED.items():
+    for name, spec in (item for shape in SHAPES for item in graph_specs(shape).items() if item[1].stages):
         weights = [weight for stage in spec.stages for weight in stage.weights]
         assert sorted(weights, key=repr) == sorted(spec.weights, key=repr), "each weight in one stage"
         assert {tensor for tensor in spec.outputs} <= {tensor for stage in spec.stages for tensor in stage.outputs}

@@ -1,0 +1,31 @@
+"""BD3-LM (arXiv 2503.09573): MDLM's network over blocks, each of which sees itself and what lies before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dllm_export.errors import CheckpointError
+from dllm_export.graphs.families import mdlm
+from dllm_export.graphs.families.family import Family, Marks, ModelConfig, Source, read_size
+
+REQUIRED = (("adaln", True), ("cross_attn", True), ("causal", False))
+
+
+def read_config(source: Source) -> ModelConfig:
+    """config.json -> ModelConfig."""
+    for key, required in REQUIRED:
+        if source.config.get(key, required) != required:
+            raise CheckpointError(
+                f"config.json: '{key}' is {source.config[key]!r}, expected {required!r}: no released BD3-LM differs"
+            )
+    config = mdlm.read_config(source)
+    shape = replace(config.shape, block=read_size(source.config, "block_size"))
+    return replace(config, family="bd3lm", shape=shape)
+
+
+BD3LM = Family(
+    name="bd3lm",
+    title="BD3-LM (export only: generation does not attend by blocks yet)",
+    marks=Marks(architectures=("BD3LM",), model_types=("bd3lm",)),
+    read_config=read_config,
+)
