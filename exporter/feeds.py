@@ -55,10 +55,10 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "credit_decay": np.array([0.8]),
         "credit_power": np.array([0.2]),
         "credit_weight": np.array([0.7]),
-        "condition": rng.standard_normal((BATCH, shape.conditioning)),
+        "condition": np.random.default_rng(8).standard_normal((BATCH, shape.conditioning)),
         "time": np.cos(np.linspace(0, 3, TIME_WIDTH) * np.array([[1.0], [2.0]])),
         "sharpness": np.array([1.0]),
-        "uniform": rng.integers(0, 2**23, (BATCH, BUDGET, 2)) / 2**23,
+        "uniform": np.random.default_rng(9).integers(0, 2**23, (BATCH, BUDGET, 2)) / 2**23,
     }
     feeds = {}
     for tensor in spec.inputs:

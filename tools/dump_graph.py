@@ -50,6 +50,7 @@ CALLED_WITH: Mapping[str, str] = {
     "head_guided": "--cfg-scale 1.5",
     "head_tracked": "--transfer klass",
     "head_credited": "--transfer credit",
+    "head_drawn": "--transfer ddpm --temperature 1",
     **dict.fromkeys(("layer_shadow", "head_given"), "--transfer wino"),
 }
 """Flags with which a generation of a few steps calls a graph; the others are called by every generation."""

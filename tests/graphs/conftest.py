@@ -91,7 +91,7 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "credit_power": np.array([0.2]),
         "credit_weight": np.array([0.7]),
         "sharpness": np.array([0.8]),
-        "uniform": rng.random((SIZES["B"], sizes["Q"], 2)),
+        "uniform": np.random.default_rng(sizes["Q"]).random((SIZES["B"], sizes["Q"], 2)),
     }
 
 

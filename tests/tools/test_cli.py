@@ -314,6 +314,7 @@ EFFECTS = {
     "--gen-length": ("", "--gen-length 12", "passes"),
     "--block-length": ("--steps 8", "--steps 8 --block-length 4", "confidence"),
     "--temperature": ("", "--temperature 1", "tokens"),
+    "--eps": ("--transfer ddpm", "--transfer ddpm --eps 0.5", "confidence"),
     "--seed": ("--temperature 1", "--temperature 1 --seed 1", "tokens"),
     "--cfg-scale": ("", "--cfg-scale 1.5", "passes"),
     "--cfg-interval": ("--cfg-scale 1.5", "--cfg-scale 1.5 --cfg-interval 4", "passes"),
@@ -367,6 +368,7 @@ EFFECTS = {
 TESTED_APART = {
     *("--prompt", "--prompt-file", "--prompt-ids", "--infill", "--chat"),
     *("--base", "--prefix-file", "--prefix-depth", "--prefix-profile", "--prefix-budget"),  # test_prefix_flags.py
+    "--predictor",  # of models that see the noise level: runtime/test_time_families.py
     *("--watch", "--report", "--json", "--debug", "--device", "--captures", "--compile"),
 }
 
@@ -388,11 +390,11 @@ def test_no_flag_of_generate_goes_untested() -> None:
 # -- wrong input
 WRONG = {
     "--prompt a --transfer treshold": "; did you mean threshold?",
-    "--prompt a --threshold 0.5": "--threshold is no option of the decoding rule 'quota', it belongs to: threshold",
+    "--prompt a --threshold 0.5": "--threshold belongs to the decoding rule: threshold",
     "--prompt a --transfer threshold --steps 4": "--steps has no effect with --transfer threshold",
     "--prompt a --policy dlm-cache": f"there are: {', '.join(POLICIES)}; did you mean dllm-cache?",
     "--prompt a --update-ratio 0.5": "--update-ratio is no option of the cache policy 'none', it belongs to: dllm-cache",
-    "--prompt a --policy dkv-greedy": "which takes --remasking random and --transfer quota; these are low_confidence and quota",
+    "--prompt a --policy dkv-greedy": "which takes --remasking random and --transfer quota, or --transfer ddpm",
     "--prompt a --policy sparse --keep-ratio 2": "--keep-ratio is 2.0, expected a share from 0 to 1",
     "--prompt a --policy window --before -1": "--before is -1, expected at least 0",
     "--prompt a --policy dllm-cache --update-ratio 2": "--update-ratio is 2.0, expected a share from 0 to 1",
