@@ -178,7 +178,7 @@ def test_broken_packages_are_named_and_the_others_work(install: Install, execute
     for package in ("one", "two"):
         install(package, f"[dllm_export.policies]\ntwice = {package}:It\n", **{package: policy("twice")})
     late = policy("late", "beat: int = option(1, 'x')", method="choose").replace(
-        "def ch", "keeps_schedule = ranks = remasks = False\n    def ch"
+        "def ch", "keeps_schedule = ranks = remasks = verifies = idles = sees_noise = False\n    def ch"
     )
     unsure = policy("unsure", method="choose")
     install("rules", "[dllm_export.transfers]\nlate = late:It\nunsure = unsure:It\n", late=late, unsure=unsure)
