@@ -141,8 +141,8 @@ class CountingOps:
     def column(self, x: Outline, index: int) -> Outline:
         return Outline(x.dims[:-1])
 
-    def positions(self, x: Outline) -> Outline:
-        return Outline((x.dims[1],))
+    def positions(self, x: Outline, axis: int = 1) -> Outline:
+        return Outline((x.dims[axis],))
 
     def take_last(self, x: Outline, index: Outline) -> Outline:
         return Outline(index.dims)

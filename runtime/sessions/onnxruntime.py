@@ -7,6 +7,7 @@ session is opened for fixed sizes, so that its shape arithmetic is folded away; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ class OnnxRuntimeSession:
         self._weights: dict[int, ort.OrtValue] = {}
         self._capture_limit, self._captured = options.captures, 0
         self._stream: Stream | None = None
+        if self._device == "cpu":
+            share_arena()
         if self._device == "cuda":
             from dllm_export.runtime.cuda import Stream
 
@@ -184,6 +187,10 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3
         # Each session has its own thread pool; one that went on spinning would take the cores from the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._device == "cpu":
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            # Packed weights stay out of the arena, which would keep their memory when the session is gone.
+            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         if weights:
             options.add_external_initializers(list(weights), list(weights.values()))
         for dim, size in sizes.items():
@@ -211,3 +218,14 @@ class OnnxRuntimeSession:
         if address not in self._weights:
             self._weights[address] = OrtBuffer(array, self._device).value
         return self._weights[address]
+
+
+def share_arena() -> None:
+    """One arena for what all our sessions on the CPU work on: they run one after another, so that one's worth is enough.
+
+    It belongs to the process and is made once; sessions that do not ask for it have their own.
+    """
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    # Made already, by a session before this one or by another user of onnxruntime here.
+    with suppress(Fail, RuntimeError):
+        ort.create_and_register_allocator(info, None)

@@ -115,7 +115,7 @@ def test_a_command_is_listed_with_the_first_sentence_of_its_help(name: str) -> N
     assert (command.help or "").splitlines()[0] == cli.COMMANDS[name].summary
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "bench"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_json_and_debug(name: str, invoke: Invoke) -> None:
     text = invoke(name, "-h").out
     assert "--json " in text

@@ -162,7 +162,8 @@ def count_warmup(task: ColumnTask, kind: ColumnKind, policy: str) -> int:
     settings = task.settings
     if settings.warmup is not None:
         return settings.warmup
-    if kind.compile or kind.where(settings.device) == "cuda":
+    sizes_change = kind.compile and kind.way == "session"  # plain PyTorch always computes every row
+    if sizes_change or kind.where(settings.device) == "cuda":
         return settings.steps
     return min(settings.steps, WARMUP_UNCACHED if policy == "none" else WARMUP_CACHED)
 

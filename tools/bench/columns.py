@@ -43,7 +43,8 @@ class ColumnKind:
         """Bytes that it takes, roughly: weights as often as they are held, and what a step works on."""
         if self.way != "session":
             return weights + 2 * logits + buffers
-        copies = 1 + (layer_graphs if self.provider == "onnxruntime" and self.place == "cpu" else 0)
+        # On the CPU onnxruntime packs a copy for every layer graph, and holds an unpacked one beside the mapped file.
+        copies = 1 + (1 + layer_graphs if self.provider == "onnxruntime" and self.place == "cpu" else 0)
         return copies * weights + buffers
 
 

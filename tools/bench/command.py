@@ -41,13 +41,17 @@ from dllm_export.tools.output import print_json, show_progress, write_report, wr
 from dllm_export.tools.prompts import read_prompt
 
 COMMAND = "dllm-export bench"
+SLOW = "torch-compile"
+"""Compiles every graph for every size, which on a CPU takes longer than all other columns together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
     """What to measure."""
 
-    columns: str = option("all", f"what to measure, with a comma between, or all: {', '.join(COLUMNS)}")
+    columns: str = option(
+        "auto", f"what to measure, with a comma between; auto is all but {SLOW} on a CPU: {', '.join(COLUMNS)}, all"
+    )
     prompt_length: int = option(512, "prompt tokens, random")
     prompt_file: Path | None = option(None, "text of the prompt instead; needs a bundle with a tokenizer")
     gen_length: int = option(128, "tokens of the response, one a step")
@@ -83,8 +87,10 @@ class BenchOptions:
     def names(self) -> tuple[str, ...]:
         """The columns asked for, in the order in which they are measured."""
         asked = [name.strip() for name in self.columns.split(",") if name.strip()]
-        if asked == ["all"]:
+        if asked == ["all"] or (asked == ["auto"] and self.place == "cuda"):
             return tuple(COLUMNS)
+        if asked == ["auto"]:
+            return tuple(name for name in COLUMNS if name != SLOW)
         return (*(name for name in COLUMNS if name in asked), *(name for name in asked if name not in COLUMNS))
 
     @property

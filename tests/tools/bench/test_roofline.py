@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 
-from dllm_export.graphs import ModelShape, graph_specs
-from dllm_export.graphs.counting_ops import Product, count_products
+from dllm_export.graphs import ModelShape, Ops, graph_specs
+from dllm_export.graphs.counting_ops import CountingOps, Product, count_products
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache, StepState
@@ -121,6 +122,14 @@ def test_every_graph_of_every_shape_can_be_counted(change: dict[str, int], llada
         products = count_products(spec, shape, sizes)
         computes = any(weight.name in ("qk", "head", "proxy") for weight in spec.weights) or name.startswith("head")
         assert bool(products) == computes, name
+
+
+def test_every_operation_of_a_graph_can_be_counted() -> None:
+    """A new operation of `Ops` must be followed here too, with the same parameters."""
+    for name, operation in vars(Ops).items():
+        if not name.startswith("_") and callable(operation):
+            expected, found = (signature(one).parameters for one in (operation, getattr(CountingOps, name)))
+            assert len(found) == len(expected), name
 
 
 def test_attention_counts_two_products_for_every_head_of_every_sequence(llada_8b: ModelShape) -> None:
