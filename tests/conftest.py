@@ -1,4 +1,4 @@
-"""Tiny seeded LLaDA models that several test folders share."""
+"""Tiny seeded models that several test folders share: LLaDA's layout, and another's for what it cannot hold."""
 
 from __future__ import annotations
 
@@ -43,8 +43,11 @@ VARIANTS = {
     "gqa": replace(TINY, layers=2, kv_heads=2),
     "bias": replace(TINY, layers=2, qkv_bias=True),
     "tied": replace(TINY, layers=2, tied_head=True),
+    "qk_norm": replace(TINY, layers=2, kv_heads=2, head_dim=20, qk_norm=True, rope_float32=False),
 }
 """Shapes by name; the mask token is 96 and the end-of-text token 95."""
+LAYOUTS = {"qk_norm": "a2d-qwen3"}
+"""Families of the variants that LLaDA's layout cannot hold."""
 
 OpenModel = Callable[[str], DiffusionLM]
 
@@ -65,7 +68,10 @@ def llada_8b() -> ModelShape:
 def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random checkpoint of every variant."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: write_random_checkpoint(root / name, shape) for name, shape in VARIANTS.items()}
+    return {
+        name: write_random_checkpoint(root / name, shape, family=LAYOUTS.get(name, "llada"))
+        for name, shape in VARIANTS.items()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""LLaDA as published, in plain PyTorch: test oracle and benchmark baseline.
+"""LLaDA, and its relatives in the layout of Hugging Face, in plain PyTorch: test oracle and benchmark baseline.
 
 Written from the published modelling code (arXiv 2502.09992) over the checkpoint's own tensors. It shares nothing with the
 graphs, the exporter or the runtime, so that agreement with them means something.
@@ -18,6 +18,23 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
 PREFIX = "model.transformer."
+RENAMED = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "ff_norm",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+    "model.embed_tokens": "wte",
+    "model.norm": "ln_f",
+    "lm_head": "ff_out",
+}
+"""Names in the layout of Hugging Face -> LLaDA's, which this file uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +53,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class EagerModel:
-    """A loaded checkpoint. Weights keep their published names and stay [out, in]."""
+    """A loaded checkpoint. Weights have LLaDA's names and stay [out, in]."""
 
     heads: int
     kv_heads: int
@@ -47,6 +64,8 @@ class EagerModel:
     eos_token: int
     top: Mapping[str, Tensor]
     layers: tuple[Mapping[str, Tensor], ...]
+    rope_float32: bool = True
+    """Rotate in float32 at least, as LLaDA does; the others rotate in the type of their weights."""
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +96,8 @@ class EagerModel:
         angle = torch.from_numpy(position[:, :, None] * frequency).double()
         angle = torch.cat((angle, angle), dim=-1)
         visible = torch.from_numpy(column >= start)[:, None, None, :] if any(padding) else None
-        dtype = torch.float64 if self.top["wte.weight"].dtype == torch.float64 else torch.float32
+        dtype = self.top["wte.weight"].dtype
+        dtype = torch.float32 if self.rope_float32 and dtype != torch.float64 else dtype
         cos, sin = (table.to(self.device, dtype) for table in (angle.cos(), angle.sin()))
         return Context(cos, sin, visible if visible is None else visible.to(self.device))
 
@@ -98,8 +118,10 @@ class EagerModel:
         self, layer: Mapping[str, Tensor], query: Tensor, key: Tensor, value: Tensor, at: Context, context: Context
     ) -> Tensor:  # query [B, Q, H*d]; key and value [B, T, G*d], not rotated -> [B, Q, D]
         """Attention output after its projection; `at` holds the rotary rows of the queries."""
-        query = rotate(self._split(query, self.heads), at)
-        key = rotate(self._split(key, self.kv_heads), context)
+        query, key = self._split(query, self.heads), self._split(key, self.kv_heads)
+        if "q_norm.weight" in layer:
+            query, key = self.norm(query, layer["q_norm.weight"]), self.norm(key, layer["k_norm.weight"])
+        query, key = rotate(query, at), rotate(key, context)
         value = self._split(value, self.kv_heads)
         if self.heads != self.kv_heads:
             key, value = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (key, value))
@@ -122,7 +144,7 @@ class EagerModel:
 
 
 def rotate(x: Tensor, context: Context) -> Tensor:  # [B, heads, N, d]
-    """Rotary embedding in float32 at least: dimension j turns with j + d/2."""
+    """Rotary embedding in the type of the tables: dimension j turns with j + d/2."""
     wide = x.to(context.cos.dtype)
     low, high = wide.chunk(2, dim=-1)
     turned = wide * context.cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * context.sin.unsqueeze(1)
@@ -133,23 +155,37 @@ def load_eager(directory: Path, dtype: torch.dtype = torch.float32, device: str 
     """The model of a checkpoint directory with one model.safetensors file."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     stored = load_file(directory / "model.safetensors", device=device)
-    tensors = {name.removeprefix(PREFIX): tensor.to(dtype) for name, tensor in stored.items()}
-    layers: list[dict[str, Tensor]] = [{} for _ in range(config["n_layers"])]
+    layers: list[dict[str, Tensor]] = []
     top = {}
-    for name, tensor in tensors.items():
-        if name.startswith("blocks."):
-            _, number, rest = name.split(".", 2)
-            layers[int(number)][rest] = tensor
+    for name in sorted(stored):
+        place, layer = rename(name)
+        if layer is None:
+            top[place] = stored[name].to(dtype)
         else:
-            top[name] = tensor
+            layers += [{} for _ in range(layer + 1 - len(layers))]
+            layers[layer][place] = stored[name].to(dtype)
+    if config.get("tie_word_embeddings"):
+        top.pop("ff_out.weight", None)
+    published = "n_heads" in config
+    heads = config["n_heads" if published else "num_attention_heads"]
     return EagerModel(
-        heads=config["n_heads"],
-        kv_heads=config["n_kv_heads"],
-        head_dim=config["d_model"] // config["n_heads"],
+        heads=heads,
+        kv_heads=config["n_kv_heads" if published else "num_key_value_heads"],
+        head_dim=config["d_model"] // heads if published else config["head_dim"],
         eps=config["rms_norm_eps"],
         theta=config["rope_theta"],
         mask_token=config["mask_token_id"],
         eos_token=config["eos_token_id"],
         top=top,
         layers=tuple(layers),
+        rope_float32=published,
     )
+
+
+def rename(name: str) -> tuple[str, int | None]:
+    """(LLaDA's name of a tensor without its prefix, its layer or None) from a published name."""
+    start, *rest = name.removeprefix(PREFIX).removeprefix("model.layers.").removeprefix("blocks.").split(".", 1)
+    layer = int(start) if start.isdecimal() else None
+    short = rest[0] if layer is not None else name.removeprefix(PREFIX)
+    module, _, kind = short.rpartition(".")
+    return f"{RENAMED.get(module, module)}.{kind}", layer

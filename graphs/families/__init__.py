@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from dllm_export.graphs.families.a2d import A2D
 from dllm_export.graphs.families.bd3lm import BD3LM
 from dllm_export.graphs.families.detection import find_family, refuse_files
 from dllm_export.graphs.families.family import (
@@ -27,7 +28,7 @@ from dllm_export.graphs.families.llada import LLADA
 from dllm_export.graphs.families.mdlm import MDLM
 from dllm_export.graphs.families.sedd import SEDD
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA, MDLM, BD3LM, SEDD)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA, *A2D, MDLM, BD3LM, SEDD)}
 """Families that can be exported."""
 
 KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in KNOWN}

@@ -31,7 +31,10 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linu
 
 RTX = BuildOptions(flavour="tensorrt-rtx", sm="8.9,12.0")
 TARGETS = ("8.9", "12.0")
-HALF = [(variant, dtype) for variant in ("plain", "gqa", "bias", "tied") for dtype in ("float16", "bfloat16")]
+HALF = [
+    *((variant, dtype) for variant in ("plain", "gqa", "bias", "tied") for dtype in ("float16", "bfloat16")),
+    ("qk_norm", "bfloat16"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -288,6 +288,7 @@ CASES = {
     "guidance now and then": Case(11, 16, 16, cfg=0.8, interval=3, seed=5),
     "bias and padding": Case(13, 24, 12, each=2, seed=6, variant="bias"),
     "grouped heads": Case(13, 24, 12, seed=7, variant="gqa"),
+    "query and key norms": Case(13, 24, 12, seed=8, variant="qk_norm"),
 }
 DYNAMIC = {
     "exact numbers": DynamicDllm(layer_budget=3, window=4, bucket=1),

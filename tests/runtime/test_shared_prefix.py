@@ -206,7 +206,7 @@ def test_requests_that_share_a_prefix_give_the_tokens_of_the_rule(
 
 
 @pytest.mark.parametrize("base", [NoCache(), DualCache()], ids=lambda base: base.name)
-@pytest.mark.parametrize("variant", ["gqa", "bias", "tied"])
+@pytest.mark.parametrize("variant", ["gqa", "bias", "tied", "qk_norm"])
 def test_the_rule_holds_for_every_flag_of_the_layer(
     variant: str, base: CachePolicy, tiny_bundles: dict[str, Bundle], tiny_eager: dict[str, EagerModel]
 ) -> None:

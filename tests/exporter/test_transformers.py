@@ -1,0 +1,243 @@
+"""Families in the layout of Hugging Face against its own classes, made bidirectional: an implementation that is not ours.
+
+A checkpoint is written by transformers, so that its names and keys are the published ones, and exported; or it is written by
+this project and read by transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from dllm_export.exporter.options import ExportOptions
+from dllm_export.exporter.pipeline import export
+from dllm_export.exporter.verify import verify
+from dllm_export.graphs import ModelShape
+from dllm_export.graphs.families import FAMILIES
+from dllm_export.graphs.torch_ops import TorchOps
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import NoCache
+from dllm_export.runtime.rope import rotary_tables
+from dllm_export.runtime.session import SessionOptions, open_session
+from dllm_export.tools.random_checkpoint import write_random_checkpoint
+
+transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
+
+Array = NDArray[Any]
+
+VOCABULARY, MASK, END = 61, 60, 59
+"""Fewer tokens than the head returns candidates, so that these are all logits."""
+
+CLOSE = 1e-4
+"""transformers takes norms and rotary tables in float32 whatever the type of the model, seven norms deep and with sharp attention:
+5e-5 was seen. One wrong tensor moves logits by more than 0.1 (test_a_wrong_weight_would_be_seen)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """How transformers makes a checkpoint of a family."""
+
+    base: str
+    """The class in transformers, without its ending."""
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+MODELS = {
+    "illada": Model("Llama", {"tie_word_embeddings": True}),
+    "a2d-qwen3": Model("Qwen3", {"tie_word_embeddings": True, "head_dim": 20}),
+    "a2d-qwen2": Model("Qwen2", {"tie_word_embeddings": True}),
+    "a2d-llama": Model("Llama", {"tie_word_embeddings": False}),
+}
+every_family = pytest.mark.parametrize("family", MODELS)
+
+SHAPE = ModelShape(
+    layers=3, hidden=48, heads=4, kv_heads=2, head_dim=12, mlp=80, vocab=VOCABULARY, max_length=64, norm_eps=1e-6,
+    rope_theta=1e4, rope_float32=False,
+)  # fmt: skip
+
+
+def write_published(directory: Path, family: str, shard_size: str = "5GB") -> Path:
+    """A seeded checkpoint as transformers saves it, with the architecture and the ids of the family."""
+    model, (architecture, *_), (kind, *_) = (
+        MODELS[family], FAMILIES[family].marks.architectures, FAMILIES[family].marks.model_types,
+    )  # fmt: skip
+    config = getattr(transformers, f"{model.base}Config")(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, rope_theta=2e4, rms_norm_eps=1e-5, **model.settings,
+    )  # fmt: skip
+    torch.manual_seed(9)
+    network = getattr(transformers, f"{model.base}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            sharp = "q_proj" in name or "k_proj" in name  # or all rows would attend to all alike, and predict the same
+            gain = (4.0 if sharp else 1.5) * weight.shape[-1] ** -0.5
+            weight.copy_(torch.randn_like(weight) * gain if weight.ndim == 2 else 1 + 0.1 * torch.randn_like(weight))
+            if name.endswith("bias"):
+                weight.sub_(1.0)
+    network.save_pretrained(directory, max_shard_size=shard_size)
+    raw = json.loads((directory / "config.json").read_text())
+    raw |= {
+        "architectures": [architecture],
+        "model_type": kind,
+        "mask_token_id": MASK,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def open_published(directory: Path, family: str) -> Callable[[Array], Array]:
+    """Logits [B, T, V] by transformers, every row seeing every other."""
+    base = MODELS[family].base
+    config = getattr(transformers, f"{base}Config").from_dict(json.loads((directory / "config.json").read_text()))
+    network = getattr(transformers, f"{base}ForCausalLM").from_pretrained(
+        directory, config=config, dtype=torch.float64, attn_implementation="eager"
+    )
+
+    def forward(tokens: Array) -> Array:
+        batch, length = tokens.shape
+        visible = torch.zeros(batch, 1, length, length, dtype=torch.float64)
+        with torch.no_grad():
+            return np.asarray(network(torch.from_numpy(tokens), attention_mask=visible, use_cache=False).logits)
+
+    return forward
+
+
+def logits_of(bundle: Bundle, tokens: Array) -> Array:  # [B, T] -> [B, T, V]
+    """Our graphs in float64, nothing cached."""
+    shape, (batch, length) = bundle.manifest.shape, tokens.shape
+
+    def run(graph: str, layer: int | None = None, **inputs: Array) -> dict[str, Array]:
+        feeds = {**inputs, **bundle.graph_weights(graph, layer)}
+        wide = {
+            name: torch.from_numpy(np.array(x, np.float64 if x.dtype == np.float32 else x.dtype))
+            for name, x in feeds.items()
+        }
+        return {name: x.numpy() for name, x in bundle.specs[graph].function(TorchOps(), shape, wide).items()}
+
+    cos, sin = rotary_tables(shape, np.tile(np.arange(length), (batch, 1)))
+    hidden = run("embed", tokens=tokens.astype(np.int32))["hidden_out"]
+    for layer in range(shape.layers):
+        mask = np.ones((batch, length), np.bool_)
+        hidden = run("layer_full", layer, hidden=hidden, cos=cos, sin=sin, mask=mask)["hidden_out"]
+    index = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    out = run("head", hidden=hidden, index=index, bias=np.zeros(shape.vocab, np.float32))
+    logits = np.empty((batch, length, shape.vocab))
+    np.put_along_axis(logits, out["top_tokens"].astype(np.int64), out["top_logits"], axis=-1)
+    return logits
+
+
+def draw_tokens(seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (2, 11))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("published")
+    return {family: write_published(root / family, family) for family in MODELS}
+
+
+@pytest.fixture(scope="module")
+def bundles(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    root, options = tmp_path_factory.mktemp("exported"), ExportOptions(no_tokenizer=True)
+    return {family: export(path, root / family, options) for family, path in published.items()}
+
+
+@every_family
+def test_logits_of_a_published_checkpoint_equal_those_of_transformers(
+    family: str, published: dict[str, Path], bundles: dict[str, Bundle]
+) -> None:
+    manifest = bundles[family].manifest
+    assert (manifest.family, manifest.assumed) == (family, ())
+    expected = open_published(published[family], family)(draw_tokens())
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits_of(bundles[family], draw_tokens()), expected, rtol=0, atol=CLOSE)
+
+
+@every_family
+def test_logits_of_a_checkpoint_written_here_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    shape = replace(
+        SHAPE, qk_norm=family == "a2d-qwen3", qkv_bias=family == "a2d-qwen2", tied_head=family != "a2d-llama"
+    )
+    model = write_random_checkpoint(tmp_path / "model", shape, family=family, shards=3)
+    bundle = export(model, tmp_path / "bundle", ExportOptions(no_tokenizer=True, indicator_rank=0))
+    assert bundle.manifest.shape == shape
+    expected = open_published(model, family)(draw_tokens())
+    np.testing.assert_allclose(logits_of(bundle, draw_tokens()), expected, rtol=0, atol=CLOSE)
+
+
+def test_a_published_checkpoint_in_shards_is_the_same_model(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    model = write_published(tmp_path / "model", "a2d-qwen3", shard_size="40KB")
+    assert len(list(model.glob("*.safetensors"))) > 2
+    bundle = export(model, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
+    tokens = draw_tokens()
+    np.testing.assert_array_equal(logits_of(bundle, tokens), logits_of(bundles["a2d-qwen3"], tokens))
+
+
+@pytest.mark.parametrize("slot", ["q_norm", "k_norm"])
+def test_a_wrong_weight_would_be_seen(slot: str, published: dict[str, Path], tmp_path: Path) -> None:
+    family, name = "a2d-qwen3", f"model.layers.1.self_attn.{slot}.weight"
+    tensors = load_file(published[family] / "model.safetensors")
+    changed = tmp_path / "model"
+    write_published(changed, family)
+    save_file({**tensors, name: tensors[name].flip(0)}, changed / "model.safetensors", metadata={"format": "pt"})
+    bundle = export(changed, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
+    expected = open_published(published[family], family)(draw_tokens())
+    assert np.abs(logits_of(bundle, draw_tokens()) - expected).max() > 0.1
+
+
+# -- a whole generation
+def plain_generation(forward: Callable[[Array], Array], prompt: list[int], length: int, block: int) -> list[int]:
+    """LLaDA's loop: in every step the candidate of the block that the model is surest of."""
+    canvas = np.array([*prompt, *[MASK] * length])
+    for start in range(len(prompt), len(canvas), block):
+        rows, undecided = np.arange(start, start + block), np.ones(block, np.bool_)
+        while undecided.any():
+            logits = forward(canvas[None])[0, rows]
+            logits[:, MASK] = -np.inf  # never proposed here (docs/decisions.md)
+            probability = np.exp(logits - logits.max(-1, keepdims=True))
+            sure = probability.max(-1) / probability.sum(-1)
+            best = int(np.where(undecided, sure, -1).argmax())
+            canvas[rows[best]], undecided[best] = logits[best].argmax(), False
+    return [int(token) for token in canvas[len(prompt) :]]
+
+
+@contextmanager
+def open_model(bundle: Bundle, provider: str) -> Iterator[DiffusionLM]:
+    with DiffusionLM(bundle, open_session(bundle, SessionOptions(provider=provider, threads=1))) as model:
+        yield model
+
+
+@every_family
+def test_a_generation_is_that_of_transformers_token_for_token_on_every_provider(
+    family: str, published: dict[str, Path], bundles: dict[str, Bundle]
+) -> None:
+    prompt = draw_tokens(3)[0].tolist()
+    prompt = [token if token < END else 0 for token in prompt]
+    expected = plain_generation(open_published(published[family], family), prompt, 16, 8)
+    assert len(set(expected)) > 3
+    options = GenerationOptions(gen_length=16, block_length=8, steps=16)
+    for provider in ("torch", "onnxruntime"):
+        with open_model(bundles[family], provider) as model:
+            result = model.run(model.continuation([prompt], options), options, NoCache())[0]
+        assert list(result.tokens) == expected, provider
+
+
+@every_family
+def test_an_export_verifies_with_every_policy_of_the_check(family: str, bundles: dict[str, Bundle]) -> None:
+    report = verify(bundles[family], SessionOptions(provider="onnxruntime", threads=1))
+    assert report.passed
+    assert report.agreement == 1.0
