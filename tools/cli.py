@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, Entry] = {
     "dump": Entry("dump_graph", "Record one graph call of a generation as Polygraphy data."),
     "evaluate": Entry("evaluate", "Compare cache policies and decoding rules by speed and by right answers."),
     "profile-prefix": Entry("profile_prefix", "Measure how many layers may share a prefix."),
+    "families": Entry("list_families", "Show which model families are known, and which of them can be exported."),
     "doctor": Entry("doctor", "Show what this machine can run, and what to install for the rest."),
     "bench": Entry(
         "bench.command",
