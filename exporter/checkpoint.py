@@ -112,7 +112,10 @@ def truncate(config: ModelConfig, layers: int) -> ModelConfig:
     """The same model with its first layers only."""
     if not 1 <= layers <= config.shape.layers:
         raise CheckpointError(f"--num-layers is {layers}, expected 1 to {config.shape.layers}")
-    return replace(config, shape=replace(config.shape, layers=layers))
+    experts = config.shape.experts
+    if experts is not None and experts.dense_layers >= layers:
+        experts = None
+    return replace(config, shape=replace(config.shape, layers=layers, experts=experts))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -129,8 +132,21 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "head_bias": (shape.vocab,), "norm_modulation": (2 * d, width), "norm_modulation_bias": (2 * d,),
         "time1": (width, TIME_WIDTH), "time1_bias": (width,), "time2": (width, width), "time2_bias": (width,),
     }  # fmt: skip
-    layers, slots = range(shape.layers), config.layer_slots
-    expected = {names.in_layer(slot, layer): in_layer[slot] for layer in layers for slot in slots}
+    experts = shape.experts
+    if experts is not None:
+        wide = {"gate": (experts.shared, d), "up": (experts.shared, d), "down": (d, experts.shared)}
+        in_layer |= {f"shared_{slot}": size for slot, size in wide.items()}
+        in_layer |= {"router": (experts.count, d), "router_bias": (experts.count,)}
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer in range(shape.layers):
+        expected |= {names.in_layer(slot, layer): in_layer[slot] for slot in config.stored_slots(layer)}
+        if experts is not None and shape.has_experts(layer):
+            narrow = {"gate": (experts.mlp, d), "up": (experts.mlp, d), "down": (d, experts.mlp)}
+            expected |= {
+                names.of_expert(slot, layer, expert): size
+                for expert in range(experts.count)
+                for slot, size in narrow.items()
+            }
     expected |= {names.embedding: (shape.vocab, d), names.norm: (d,)}
     expected |= {name: others[slot] for slot, name in names.others.items()}
     return expected if shape.tied_head else {**expected, names.head: (shape.vocab, d)}

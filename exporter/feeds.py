@@ -28,7 +28,7 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
     padding = np.array([0, PADDING])[:, None]
     cos, sin = rotary_tables(shape, np.maximum(columns - padding, 0))
     alive = np.tile(np.arange(PROMPT, LENGTH, dtype=np.int32), (BATCH, 1))
-    whole = graph in ("layer_full", "layer_compact")
+    whole = graph.startswith(("layer_full", "layer_compact"))
     placed = any(tensor.name in ("fresh", "shown") for tensor in spec.inputs)
     rows = LENGTH if whole else RESPONSE
     # Copies take rows of any sequence, counted through all, here into one.

@@ -9,6 +9,7 @@ import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from dllm_export.errors import DllmExportError
+from dllm_export.exporter.contrib_ops import CONTRIB, ContribOps
 from dllm_export.exporter.onnx_ops import IR_VERSION, OPSET, OnnxOps, Value
 from dllm_export.graphs import DType, GraphSpec, ModelShape, TensorSpec
 
@@ -32,10 +33,18 @@ class ExternalTensor:
 
 
 def build_onnx(
-    spec: GraphSpec, shape: ModelShape, dtype: DType, weights: Mapping[str, ExternalTensor] | None = None
+    spec: GraphSpec,
+    shape: ModelShape,
+    dtype: DType,
+    weights: Mapping[str, ExternalTensor] | None = None,
+    *,
+    contrib: bool = False,
 ) -> ModelProto:
-    """The checked ONNX form of a graph. Without `weights` they are inputs; with them, external initialisers."""
-    ops = OnnxOps()
+    """The checked ONNX form of a graph. Without `weights` they are inputs; with them, external initialisers.
+
+    `contrib` lets it use ONNX Runtime's own operators where it has one for what takes many of the standard's.
+    """
+    ops = ContribOps() if contrib else OnnxOps()
     declared = (*spec.inputs, *spec.weights)
     values = {tensor.name: Value(tensor.name, element_type(tensor, dtype), tensor.dims) for tensor in declared}
     results = spec.function(ops, shape, values)
@@ -56,9 +65,9 @@ def build_onnx(
         [value_info(tensor, dtype) for tensor in spec.outputs],
         initializers,
     )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="dllm-export"
-    )
+    own = any(node.domain == CONTRIB for node in ops.nodes)
+    domains = [helper.make_opsetid("", OPSET), *([helper.make_opsetid(CONTRIB, 1)] if own else [])]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="dllm-export")
     if weights is None:
         onnx.checker.check_model(model, full_check=True)
     return model

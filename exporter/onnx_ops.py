@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from dllm_export.graphs.experts import run_experts
+from dllm_export.graphs.shape import Experts
+
 INT64 = TensorProto.INT64
 OPSET = 17
 IR_VERSION = 8
@@ -124,6 +127,9 @@ class OnnxOps:
         bend = self._node("Tanh", (self.scale(self.add(x, cube), (2 / np.pi) ** 0.5),), x.type, x.dims)
         return self.mul(self.scale(x, 0.5), self.add(bend, self._scalar(x.type, 1.0)))
 
+    def sigmoid(self, x: Value) -> Value:
+        return self._node("Sigmoid", (x,), x.type, x.dims)
+
     def relu(self, x: Value) -> Value:
         return self._node("Relu", (x,), x.type, x.dims)
 
@@ -132,6 +138,9 @@ class OnnxOps:
 
     def log(self, x: Value) -> Value:
         return self._node("Log", (x,), x.type, x.dims)
+
+    def floor(self, x: Value) -> Value:
+        return self._node("Floor", (x,), x.type, x.dims)
 
     def where(self, condition: Value, chosen: Value, other: Value) -> Value:
         dims = broadcast(broadcast(condition.dims, chosen.dims), other.dims)
@@ -149,6 +158,9 @@ class OnnxOps:
     def differs(self, left: Value, right: Value) -> Value:
         equal = self.matches(left, right)
         return self._node("Not", (equal,), TensorProto.BOOL, equal.dims)
+
+    def at_most(self, left: Value, right: Value) -> Value:
+        return self._binary("LessOrEqual", left, right, TensorProto.BOOL)
 
     def fill(self, like: Value, value: float) -> Value:
         return self._scalar(like.type, value)
@@ -172,6 +184,9 @@ class OnnxOps:
         dims = (*x.dims[:-1], 1) if keep else x.dims[:-1]
         return self._node("ReduceMax", (x,), x.type, dims, axes=[-1], keepdims=int(keep))
 
+    def softmax(self, x: Value) -> Value:
+        return self._node("Softmax", (x,), x.type, x.dims, axis=len(x.dims) - 1)
+
     def any_last(self, x: Value) -> Value:
         return self._cast(self.max(self._cast(x, TensorProto.FLOAT), keep=False), TensorProto.BOOL)
 
@@ -187,7 +202,7 @@ class OnnxOps:
 
     def top(self, x: Value, count: Value | int) -> tuple[Value, Value]:
         size = self._int64(count) if isinstance(count, int) else count
-        dims = (*x.dims[:-1], count if isinstance(count, int) else "Q")
+        dims = (*x.dims[:-1], count if isinstance(count, int) else "Q" if count.name == "budget" else count.name)
         name = "/".join((*self._scope, f"TopK_{len(self.nodes)}"))
         outputs = [f"{name}_values", f"{name}_places"]
         self.nodes.append(helper.make_node("TopK", [x.name, size.name], outputs, name=name, axis=-1))
@@ -195,9 +210,34 @@ class OnnxOps:
             Value(outputs[1], TensorProto.INT64, dims), TensorProto.INT32
         )
 
+    # -- counts
+    def count_rows(self, x: Value) -> Value:
+        return self.times(self._count(x, 0), self._count(x, 1))
+
+    def _count(self, x: Value, axis: int) -> Value:
+        return self._node("Unsqueeze", (self._size(x, axis), self._int64(0)), INT64, (1,))
+
+    def smaller(self, left: Value, right: Value | int) -> Value:
+        return self._binary("Min", left, self._int64(right) if isinstance(right, int) else right)
+
+    def times(self, count: Value, factor: Value | int) -> Value:
+        return self._binary("Mul", count, self._int64(factor) if isinstance(factor, int) else factor)
+
+    def divide(self, count: Value, by: int) -> Value:
+        return self._binary("Div", count, self._int64(by))
+
+    def at_least(self, count: Value, least: int) -> Value:
+        return self._binary("Max", count, self._int64(least))
+
+    def count_up(self, count: Value | int, beside: Value) -> Value:
+        if isinstance(count, int):
+            return self._constant(np.arange(count, dtype=np.int32))
+        size = self._node("Squeeze", (count, self._int64(0)), INT64, ())
+        return self._cast(self._range(size, count.name), TensorProto.INT32)
+
     # -- layout
     def matmul(self, x: Value, weight: Value) -> Value:
-        dims = (*x.dims[:-1], weight.dims[-1])
+        dims = (*broadcast(x.dims[:-2], weight.dims[:-2]), *x.dims[-2:-1], *weight.dims[-1:])
         if len(x.dims) != 3 or len(weight.dims) != 2:
             return self._node("MatMul", (x, weight), x.type, dims)
         # Rows flattened: one product of two matrices, where a three-dimensional operand asks for one a sequence.
@@ -235,6 +275,15 @@ class OnnxOps:
         dims = (first.dims[0], f"{first.dims[1]}+{second.dims[1]}", *first.dims[2:])
         return self._node("Concat", (first, second), first.type, dims, axis=1)
 
+    def take_turns(self, x: Value) -> tuple[Value, Value]:
+        rows, axis, step = int(x.dims[1]), self._int64(1), self._int64(2)
+        dims = (x.dims[0], rows // 2, *x.dims[2:])
+        first, second = (
+            self._node("Slice", (x, self._int64(start), self._int64(rows), axis, step), x.type, dims)
+            for start in (0, 1)
+        )
+        return first, second
+
     def split_heads(self, x: Value, heads: int, width: int) -> Value:
         return self._reshape(x, (0, 0, heads, width), (*x.dims[:-1], heads, width))
 
@@ -243,11 +292,20 @@ class OnnxOps:
         return self._reshape(x, (0, 0, width), (*x.dims[:-2], width))
 
     def unsqueeze(self, x: Value, axis: int) -> Value:
+        axis = axis if axis >= 0 else len(x.dims) + 1 + axis
         return self._node("Unsqueeze", (x, self._int64(axis)), x.type, (*x.dims[:axis], 1, *x.dims[axis:]))
 
     def column(self, x: Value, index: int) -> Value:
         inputs = (x, self._constant(np.array(index, np.int64)))
         return self._node("Gather", inputs, x.type, x.dims[:-1], axis=len(x.dims) - 1)
+
+    def swap_last(self, x: Value) -> Value:
+        last = len(x.dims) - 1
+        return self._transpose(x, (*range(last - 1), last, last - 1))
+
+    def columns(self, x: Value) -> Value:
+        rows = self._reshape(x, (-1, int(x.dims[2])), ("rows", x.dims[2]))
+        return self._transpose(rows, (1, 0))
 
     def positions(self, x: Value, axis: int = 1) -> Value:
         return self._cast(self._range(self._size(x, axis), x.dims[axis]), TensorProto.INT32)
@@ -271,7 +329,7 @@ class OnnxOps:
         return self._node("Gather", (flat, index), rows.type, (*index.dims, *rows.dims[2:]), axis=0)
 
     def lookup(self, table: Value, index: Value) -> Value:
-        return self._node("Gather", (table, index), table.type, (*index.dims, table.dims[1]), axis=0)
+        return self._node("Gather", (table, index), table.type, (*index.dims, *table.dims[1:]), axis=0)
 
     def attention(self, query: Value, key: Value, value: Value, mask: Value) -> Value:
         # The form that fuses into one kernel in every TensorRT release we could check: scale on the query, key and value
@@ -285,6 +343,9 @@ class OnnxOps:
         scores = self.where(visible, scores, self._scalar(scores.type, HIDDEN_SCORE))
         weights = self._node("Softmax", (scores,), scores.type, scores.dims, axis=3)
         return self._transpose(self.matmul(self.narrow(weights, value), value), (0, 2, 1, 3))
+
+    def experts(self, experts: Experts, x: Value, chosen: Value, share: Value, gate_up: Value, down: Value) -> Value:
+        return run_experts(self, experts, x, chosen, share, gate_up, down)
 
     def _repeat_heads(self, x: Value, heads: int) -> Value:  # [B, G, S, d] -> [B, H, S, d]
         groups, width = int(x.dims[1]), int(x.dims[3])

@@ -16,7 +16,7 @@ from dllm_export.exporter.pack import list_files, replacing, require_space
 from dllm_export.exporter.probe import Probe
 from dllm_export.exporter.tokenizer import write_tokenizer
 from dllm_export.exporter.weights import FOLDER, StoredWeights, write_weights
-from dllm_export.graphs import DType, graph_specs, with_stages
+from dllm_export.graphs import DType, graph_layers, graph_specs, has_experts, with_stages
 from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, file_digest, open_bundle
 from dllm_export.runtime.manifest import (
     FORMAT,
@@ -108,8 +108,20 @@ def write_graphs(checkpoint: Checkpoint, dtype: DType, root: Path) -> dict[str, 
         constant = f"graphs/{name}.constant.onnx" if spec.weights and name in whole else None
         if constant is not None:
             places = {weight.name: ExternalTensor(PLACEHOLDER, 0, 0) for weight in spec.weights}
-            (root / constant).write_bytes(build_onnx(spec, checkpoint.config.shape, dtype, places).SerializeToString())
-        records[name] = GraphRecord(file=file, constant_file=constant, inputs=inputs, weights=weights, outputs=outputs)
+            model = build_onnx(spec, checkpoint.config.shape, dtype, places, contrib=True)
+            (root / constant).write_bytes(model.SerializeToString())
+        contrib = f"graphs/{name}.contrib.onnx" if name in whole and has_experts(spec) else None
+        if contrib is not None:
+            model = build_onnx(spec, checkpoint.config.shape, dtype, contrib=True)
+            (root / contrib).write_bytes(model.SerializeToString())
+        records[name] = GraphRecord(
+            file=file,
+            constant_file=constant,
+            contrib_file=contrib,
+            inputs=inputs,
+            weights=weights,
+            outputs=outputs,
+        )
     return records
 
 
@@ -119,10 +131,11 @@ def write_embedded(
     """Self-contained graphs. They lie beside the weights, since ONNX reads external data only beside or below a file."""
     files = {}
     for name, spec in graph_specs(checkpoint.config.shape).items():
-        bindings = stored.layers if name.startswith("layer_") and spec.weights else (stored.model,)
+        layers = graph_layers(checkpoint.config.shape, name)
+        bindings = {layer: stored.layers[layer] for layer in layers} if layers and spec.weights else {0: stored.model}
         paths = []
-        for number, records in enumerate(bindings):
-            suffix = f".{number:03d}" if len(bindings) > 1 or name.startswith("layer_") else ""
+        for number, records in bindings.items():
+            suffix = "" if layers is None else f".{number:03d}"
             paths.append(f"{FOLDER}/{name}{suffix}.onnx")
             places = {weight.name: _place(root, records[weight.name].file, weight.name) for weight in spec.weights}
             model = build_onnx(spec, checkpoint.config.shape, dtype, places)

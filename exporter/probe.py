@@ -7,6 +7,7 @@ a difference from these activations, and shows in which layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.nn.functional import embedding, gelu, layer_norm, linear, scaled_dot_
 
 from dllm_export.exporter.folding import time_table
 from dllm_export.exporter.pack import save_tensors
-from dllm_export.graphs.families import ModelConfig
+from dllm_export.graphs.families import MLP_SLOTS, SHARED_SLOTS, ModelConfig
 from dllm_export.runtime.rope import rotary_tables
 
 FILE = "probe.safetensors"
@@ -24,6 +25,9 @@ TOP = 8
 HEAD_PIECE = 512
 PROBE_SIGMA = 0.5
 """Noise level of the probe, for models that see one."""
+
+LoadExpert = Callable[[str, int], torch.Tensor]
+"""(gate, up or down; number of the expert) -> its tensor, [out, in]."""
 
 
 class Probe:
@@ -49,8 +53,8 @@ class Probe:
         self._conditioning = conditioning if conditioning is None else conditioning.float()
         self._sigma = sigma
 
-    def run_layer(self, raw: dict[str, torch.Tensor]) -> None:
-        """One layer from its tensors by canonical slot, [out, in] as stored."""
+    def run_layer(self, raw: dict[str, torch.Tensor], load_expert: LoadExpert) -> None:
+        """One layer from its tensors by canonical slot, [out, in] as stored; experts are loaded as rows go to them."""
         shape, x = self._config.shape, self._states[-1]
         weights = {slot: tensor.float() for slot, tensor in raw.items()}
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(weights, "modulation", 6)
@@ -69,7 +73,29 @@ class Probe:
         mixed = scaled_dot_product_attention(query, key, value).transpose(0, 1).reshape(ROWS, -1)
         x = x + gate1 * (mixed @ weights["out"].T)
         inner = self._norm(x, weights["norm2"]) * (1 + scale2) + shift2
-        self._states.append(x + gate2 * self._mlp(inner, weights))
+        result = self._mix(inner, weights, load_expert) if "router" in weights else self._mlp(inner, weights)
+        self._states.append(x + gate2 * result)
+
+    def _mix(self, rows: torch.Tensor, weights: dict[str, torch.Tensor], load_expert: LoadExpert) -> torch.Tensor:
+        """Row by row through the experts that the router chooses, and through the shared one."""
+        experts, results = self._config.shape.experts, []
+        assert experts is not None
+        for row in rows:
+            logits = weights["router"] @ row
+            scores = logits.softmax(0) if experts.router == "softmax" else logits.sigmoid()
+            groups = (scores + weights.get("router_bias", torch.zeros(()))).view(experts.groups, -1)
+            if experts.groups > 1:
+                worst = groups.topk(2).values.sum(1).argsort(descending=True, stable=True)[experts.groups_kept :]
+                groups[worst] = -torch.inf
+            chosen = groups.flatten().argsort(descending=True, stable=True)[: experts.per_token]
+            shares = scores[chosen] / (scores[chosen].sum() if experts.renormalise else 1) * experts.scale
+            outputs = [
+                run_swiglu(row, *(load_expert(slot, expert).float() for slot in MLP_SLOTS))
+                for expert in chosen.tolist()
+            ]
+            results.append(shares @ torch.stack(outputs))
+        shared = run_swiglu(rows, *(weights[slot] for slot in SHARED_SLOTS)) if "shared_gate" in weights else 0.0
+        return torch.stack(results) + shared
 
     def finish(self, raw: dict[str, torch.Tensor]) -> None:
         """The most likely tokens of every row, from the tensors of the last norm and the head by slot."""
@@ -115,5 +141,11 @@ class Probe:
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:  # [heads, rows, d]
         cos, sin = (torch.from_numpy(t[0]).float() for t in rotary_tables(self._config.shape, np.arange(ROWS)[None]))
         cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        x, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         low, high = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-high, low), -1) * sin
+        return torch.cat((x * cos + torch.cat((-high, low), -1) * sin, still), -1)
+
+
+def run_swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate x) * up x), weights [out, in]."""
+    return (silu(x @ gate.T) * (x @ up.T)) @ down.T

@@ -1,20 +1,25 @@
-"""Checkpoint tensors -> the layout the graphs bind: [in, out], query|key fused, gate|up fused, one file per layer."""
+"""Checkpoint tensors -> the layout the graphs bind: [in, out], query|key fused, gate|up fused, one file per layer.
+
+Experts are stacked as they are stored, [E, out, in], with rows of gate and up in turn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dllm_export.errors import CheckpointError
-from dllm_export.exporter.checkpoint import Checkpoint, all_finite
+from dllm_export.exporter.checkpoint import Checkpoint, Load, all_finite
 from dllm_export.exporter.folding import condition, fold_layer, fold_norm, split_layer
 from dllm_export.exporter.pack import save_tensors
-from dllm_export.exporter.probe import PROBE_SIGMA, Probe
+from dllm_export.exporter.probe import PROBE_SIGMA, LoadExpert, Probe
 from dllm_export.exporter.proxy import make_proxy
-from dllm_export.graphs import DType
+from dllm_export.graphs import COUNTED, DType, Experts
+from dllm_export.graphs.families import ModelConfig
 from dllm_export.runtime.manifest import WeightRecord
 
 TORCH_TYPES: dict[DType, torch.dtype] = {
@@ -23,7 +28,7 @@ TORCH_TYPES: dict[DType, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 KEPT_SLOTS = (
-    *("norm1_bias", "norm2_bias", "v_bias", "up_bias", "down_bias", "q_norm", "k_norm"),
+    *("norm1_bias", "norm2_bias", "v_bias", "up_bias", "down_bias", "q_norm", "k_norm", "router", "router_bias"),
     *("norm1_modulation", "norm1_modulation_bias", "gate1", "gate1_bias"),
     *("norm2_modulation", "norm2_modulation_bias", "gate2", "gate2_bias"),
 )
@@ -66,11 +71,14 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
     layers = []
     for layer in range(config.shape.layers):
         with checkpoint.reading() as load:
-            raw = {slot: load(names.in_layer(slot, layer)) for slot in config.layer_slots}
-            probe.run_layer(raw)
+            raw = load_layer(config, load, layer)
+            expert = partial(load_expert, config, load, layer)
+            probe.run_layer(raw, expert)
             if conditioning is not None:
                 raw = split_layer(raw) if config.shape.conditioning else fold_layer(raw, conditioning)
             weights = fuse_layer(raw)
+            if config.shape.experts is not None and config.shape.has_experts(layer):
+                weights |= stack_experts(config.shape.experts, config.shape.hidden, expert, TORCH_TYPES[dtype])
             if config.shape.indicator_rank:
                 weights["proxy"] = make_proxy(raw["v"], config.shape.indicator_rank)
             layers.append(_save(weights, dtype, root, layer_file(layer)))
@@ -78,6 +86,32 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
             raw.clear()  # or the shard stays mapped
         yield None
     yield StoredWeights(tuple(layers), model | _write_model(checkpoint, dtype, root, probe, conditioning))
+
+
+def load_layer(config: ModelConfig, load: Load, layer: int) -> dict[str, torch.Tensor]:
+    """Tensors of a layer by slot, experts aside; q, k and v are cut out of one where a checkpoint fuses them."""
+    shape = config.shape
+    raw = {slot: load(config.names.in_layer(slot, layer)) for slot in config.stored_slots(layer)}
+    if "qkv" in raw and not config.conditioning:
+        widths = [shape.query_width, shape.key_width, shape.key_width]
+        raw |= dict(zip("qkv", torch.split(raw.pop("qkv"), widths), strict=True))
+    return raw
+
+
+def load_expert(config: ModelConfig, load: Load, layer: int, slot: str, expert: int) -> torch.Tensor:
+    """gate, up or down of one expert, [out, in]."""
+    return load(config.names.of_expert(slot, layer, expert))
+
+
+def stack_experts(experts: Experts, hidden: int, load: LoadExpert, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All experts of a layer, each copied from its shard to its place: beside the result no more than one is in memory."""
+    gate_up = torch.empty(experts.count, experts.mlp, 2, hidden, dtype=dtype)
+    down = torch.empty(experts.count, hidden, experts.mlp, dtype=dtype)
+    for expert in range(experts.count):
+        for place, slot in enumerate(("gate", "up")):
+            gate_up[expert, :, place].copy_(load(slot, expert))
+        down[expert].copy_(load("down", expert))
+    return {"expert_gate_up": gate_up.flatten(1, 2), "expert_down": down}
 
 
 def _write_model(
@@ -104,16 +138,20 @@ def _write_model(
 
 def fuse_layer(raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Canonical slots [out, in] -> the graphs' weights [in, out]."""
-    up = {"gate_up": torch.cat((raw["gate"], raw["up"])).T} if "gate" in raw else {"up": raw["up"].T}
     weights = {
         "norm1": raw["norm1"],
         "qk": torch.cat((raw["q"], raw["k"])).T,
         "v": raw["v"].T,
         "out": raw["out"].T,
         "norm2": raw["norm2"],
-        **up,
-        "down": raw["down"].T,
     }
+    for prefix in ("", "shared_"):
+        if f"{prefix}gate" in raw:
+            weights[f"{prefix}gate_up"] = torch.cat((raw[f"{prefix}gate"], raw[f"{prefix}up"])).T
+        elif f"{prefix}up" in raw:
+            weights[f"{prefix}up"] = raw[f"{prefix}up"].T
+        if f"{prefix}down" in raw:
+            weights[f"{prefix}down"] = raw[f"{prefix}down"].T
     if "q_bias" in raw:
         weights["qk_bias"] = torch.cat((raw["q_bias"], raw["k_bias"]))
     return weights | {slot: transpose(raw[slot]) for slot in KEPT_SLOTS if slot in raw}
@@ -127,7 +165,7 @@ def transpose(tensor: torch.Tensor) -> torch.Tensor:
 def _save(tensors: dict[str, torch.Tensor], dtype: DType, root: Path, file: str) -> dict[str, WeightRecord]:
     converted = {}
     for name, tensor in tensors.items():
-        converted[name] = _convert(tensor, TORCH_TYPES[dtype])
+        converted[name] = _convert(tensor, torch.float32 if name in COUNTED else TORCH_TYPES[dtype])
         if not all_finite(converted[name]):
             remedy = {
                 "float16": "export with --dtype bfloat16 or float32",

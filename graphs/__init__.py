@@ -1,6 +1,7 @@
 """What a step of a diffusion LLM is: graphs as pure functions, model shapes, families. Knows no files and no devices."""
 
 from dllm_export.graphs.catalog import (
+    COUNTED,
     LAYER_GRAPHS,
     TOP_TOKENS,
     GraphSpec,
@@ -8,17 +9,22 @@ from dllm_export.graphs.catalog import (
     TensorSpec,
     TensorType,
     engine_specs,
+    graph_layers,
     graph_specs,
+    has_experts,
+    layer_graph,
     layer_weights,
     with_stages,
 )
 from dllm_export.graphs.ops import Ops
-from dllm_export.graphs.shape import DType, ModelShape
+from dllm_export.graphs.shape import DType, Experts, ModelShape
 
 __all__ = [
+    "COUNTED",
     "LAYER_GRAPHS",
     "TOP_TOKENS",
     "DType",
+    "Experts",
     "GraphSpec",
     "HeadGraph",
     "ModelShape",
@@ -26,7 +32,10 @@ __all__ = [
     "TensorSpec",
     "TensorType",
     "engine_specs",
+    "graph_layers",
     "graph_specs",
+    "has_experts",
+    "layer_graph",
     "layer_weights",
     "with_stages",
 ]

@@ -7,7 +7,7 @@ K head candidates; numbers are sizes fixed by the model. Outputs end in `_out` w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -61,15 +61,28 @@ PROJECTIONS = (*NORM1, "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
 LAYER_GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking")
 """Graphs that compute a layer of every bundle; `layer_indicated` comes with an indicator."""
 
+MLP_GRAPHS = (*LAYER_GRAPHS, "layer_indicated", "layer_shadow")
+"""Graphs that contain a layer's MLP."""
 
-def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
-    """Weights of one layer as stored: [in, out], query|key fused, gate|up fused, value apart (docs/decisions.md)."""
+DENSE = "_dense"
+"""What the graphs of layers with a plain MLP end in, in a model whose other layers have experts."""
+
+COUNTED = ("router", "router_bias")
+"""Weights in float32 whatever the compute type is: scores of two experts may differ by less than it can tell."""
+
+
+def layer_weights(shape: ModelShape, layer: int = -1) -> tuple[TensorSpec, ...]:
+    """Weights of one layer as stored, the last where none is named: [in, out], query|key fused, gate|up fused, value apart.
+
+    Experts are [E, out, in], as a checkpoint has them (docs/decisions.md).
+    """
     d, kv, both = shape.hidden, shape.key_width, shape.query_width + shape.key_width
-    up, width = ("gate_up", 2 * shape.mlp) if shape.mlp_kind == "swiglu" else ("up", shape.mlp)
+    mlp = mlp_weights(shape, with_experts=shape.has_experts(layer % shape.layers))
+    up, width = mlp[0].name, mlp[0].dims[-1]
     biases = {
         **({"qk": both, "v": kv} if shape.qkv_bias else {}),
         **({"norm1": d, "norm2": d} if shape.norm == "layer" and not shape.conditioning else {}),
-        **({up: width, "down": d} if shape.mlp_bias else {}),
+        **({up: int(width), "down": d} if shape.mlp_bias else {}),
     }
     modulation = {f"{name}_modulation": 2 * d for name in ("norm1", "norm2")} | {"gate1": d, "gate2": d}
     if not shape.conditioning:
@@ -80,13 +93,12 @@ def layer_weights(shape: ModelShape) -> tuple[TensorSpec, ...]:
         "v": (d, kv),
         "out": (shape.query_width, d),
         "norm2": (d,),
-        up: (d, width),
-        "down": (shape.mlp, d),
+        **{weight.name: tuple(map(int, weight.dims)) for weight in mlp},
         **{name: (shape.conditioning, size) for name, size in modulation.items()},
         **{f"{name}_bias": (size,) for name, size in (biases | modulation).items()},
         **({"q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,)} if shape.qk_norm else {}),
     }
-    return tuple(TensorSpec(name, "compute", dims) for name, dims in sizes.items())
+    return tuple(TensorSpec(name, "float32" if name in COUNTED else "compute", dims) for name, dims in sizes.items())
 
 
 def head_weights(shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -107,6 +119,46 @@ def head_weights(shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tuple[Tenso
     return tuple(norm), tuple(head)
 
 
+def mlp_weights(shape: ModelShape, *, with_experts: bool) -> tuple[TensorSpec, ...]:
+    """Those of a layer's MLP, biases aside: the first makes the inner row. Rows of an expert's gate and up take turns."""
+    d, experts = shape.hidden, shape.experts
+    if experts is None or not with_experts:
+        up, width = ("gate_up", 2 * shape.mlp) if shape.mlp_kind == "swiglu" else ("up", shape.mlp)
+        return TensorSpec(up, "compute", (d, width)), TensorSpec("down", "compute", (shape.mlp, d))
+    weights = [
+        TensorSpec("router", "float32", (d, experts.count)),
+        TensorSpec("expert_gate_up", "compute", (experts.count, 2 * experts.mlp, d)),
+        TensorSpec("expert_down", "compute", (experts.count, d, experts.mlp)),
+    ]
+    if experts.bias:
+        weights.append(TensorSpec("router_bias", "float32", (experts.count,)))
+    if experts.shared:
+        weights.append(TensorSpec("shared_gate_up", "compute", (d, 2 * experts.shared)))
+        weights.append(TensorSpec("shared_down", "compute", (experts.shared, d)))
+    return tuple(weights)
+
+
+def has_experts(spec: GraphSpec) -> bool:
+    """Whether a graph runs a mixture of experts."""
+    return any(weight.name == "router" for weight in spec.weights)
+
+
+def layer_graph(shape: ModelShape, graph: str, layer: int) -> str:
+    """The graph that is `graph` for this layer: layers with another MLP than the others have their own."""
+    own = graph in MLP_GRAPHS and shape.experts is not None and not shape.has_experts(layer)
+    return f"{graph}{DENSE}" if own else graph
+
+
+def graph_layers(shape: ModelShape, graph: str) -> range | None:
+    """The layers that a graph computes; None where it is no layer's."""
+    if not graph.startswith("layer_"):
+        return None
+    dense = shape.experts.dense_layers if shape.experts else 0
+    if graph.endswith(DENSE):
+        return range(dense)
+    return range(dense if graph in MLP_GRAPHS else 0, shape.layers)
+
+
 def engine_specs(specs: Mapping[str, GraphSpec], *, staged: bool) -> dict[str, GraphSpec]:
     """What engines are built of, by name: every graph whole, or in stages where it has them."""
     split = ((spec.stages if staged else ()) or (spec,) for spec in specs.values())
@@ -120,7 +172,29 @@ def with_stages(specs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
 
 def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
     """Every graph of a model of this shape, by name."""
-    d, kv, half = shape.hidden, shape.key_width, shape.head_dim // 2
+    specs = {graph.name: graph for graph in declare_graphs(shape)}
+    if shape.experts is not None and shape.experts.dense_layers:
+        twins = (replace_experts(shape, specs[name]) for name in MLP_GRAPHS if name in specs)
+        specs |= {twin.name: twin for twin in twins}
+    return specs
+
+
+def replace_experts(shape: ModelShape, spec: GraphSpec) -> GraphSpec:
+    """The same graph for layers with a plain SwiGLU."""
+    mixed, plain = (mlp_weights(shape, with_experts=with_experts) for with_experts in (True, False))
+    weights = tuple(weight for weight in spec.weights if weight not in mixed)
+    graph, dot, stage = spec.name.partition(".")
+    return replace(
+        spec,
+        name=f"{graph}{DENSE}{dot}{stage}",
+        weights=weights if weights == spec.weights else (*weights, *plain),
+        stages=tuple(replace_experts(shape, part) for part in spec.stages),
+    )
+
+
+def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
+    """The graphs of a model whose layers are all alike."""
+    d, kv, half = shape.hidden, shape.key_width, shape.rotary_width // 2
     rank, top = shape.indicator_rank, min(TOP_TOKENS, shape.vocab)
     layer = layer_weights(shape)
     table = TensorSpec("embedding", "compute", (shape.vocab, d))
@@ -251,7 +325,7 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
         (TensorSpec("condition_out", "compute", ("B", width)),),
         steps.condition_time,
     )
-    graphs = (
+    return (
         *((conditioned,) if width else ()),
         GraphSpec("embed", (positions("tokens", "X"),), (table,), (rows("hidden_out", "X", d),), steps.embed),
         GraphSpec(
@@ -416,4 +490,3 @@ def graph_specs(shape: ModelShape) -> Mapping[str, GraphSpec]:
             partial(heads.head_drawn, top=top),
         ),
     )
-    return {graph.name: graph for graph in graphs}

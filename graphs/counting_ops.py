@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from dllm_export.graphs.catalog import GraphSpec
-from dllm_export.graphs.shape import ModelShape
+from dllm_export.graphs.shape import Experts, ModelShape
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,13 +60,13 @@ class CountingOps:
     def add(self, left: Outline, right: Outline) -> Outline:
         return broadcast(left, right)
 
-    sub = mul = div = both = matches = differs = exceeds = add
+    sub = mul = div = both = matches = differs = exceeds = at_most = add
 
     def same(self, x: Outline) -> Outline:
         """Sizes stay as they are."""
         return Outline(x.dims)
 
-    silu = gelu = relu = exp = log = widen = same
+    silu = sigmoid = gelu = relu = exp = log = floor = softmax = widen = same
 
     def scale(self, x: Outline, factor: float) -> Outline:
         return self.same(x)
@@ -101,10 +101,27 @@ class CountingOps:
     argmax_last = any_last
 
     def top(self, x: Outline, count: Outline | int) -> tuple[Outline, Outline]:
-        size = count if isinstance(count, int) else count.value
-        assert size is not None
-        kept = Outline((*x.dims[:-1], size))
+        kept = Outline((*x.dims[:-1], read_count(count)))
         return kept, kept
+
+    # -- counts
+    def count_rows(self, x: Outline) -> Outline:
+        return Outline((1,), x.dims[0] * x.dims[1])
+
+    def smaller(self, left: Outline, right: Outline | int) -> Outline:
+        return Outline((1,), min(read_count(left), read_count(right)))
+
+    def times(self, count: Outline, factor: Outline | int) -> Outline:
+        return Outline((1,), read_count(count) * read_count(factor))
+
+    def divide(self, count: Outline, by: int) -> Outline:
+        return Outline((1,), read_count(count) // by)
+
+    def at_least(self, count: Outline, least: int) -> Outline:
+        return Outline((1,), max(read_count(count), least))
+
+    def count_up(self, count: Outline | int, beside: Outline) -> Outline:
+        return Outline((read_count(count),))
 
     # -- layout
     def matmul(self, x: Outline, weight: Outline) -> Outline:
@@ -136,13 +153,24 @@ class CountingOps:
         return Outline((*x.dims[:-2], x.dims[-2] * x.dims[-1]))
 
     def unsqueeze(self, x: Outline, axis: int) -> Outline:
-        return Outline((*x.dims[:axis], 1, *x.dims[axis:]))
+        place = axis if axis >= 0 else len(x.dims) + 1 + axis
+        return Outline((*x.dims[:place], 1, *x.dims[place:]))
 
     def column(self, x: Outline, index: int) -> Outline:
         return Outline(x.dims[:-1])
 
     def positions(self, x: Outline, axis: int = 1) -> Outline:
         return Outline((x.dims[axis],))
+
+    def swap_last(self, x: Outline) -> Outline:
+        return Outline((*x.dims[:-2], x.dims[-1], x.dims[-2]))
+
+    def columns(self, x: Outline) -> Outline:
+        return Outline((x.dims[2], x.dims[0] * x.dims[1]))
+
+    def take_turns(self, x: Outline) -> tuple[Outline, Outline]:
+        half = Outline((x.dims[0], x.dims[1] // 2, *x.dims[2:]))
+        return half, half
 
     def take_last(self, x: Outline, index: Outline) -> Outline:
         return Outline(index.dims)
@@ -153,7 +181,7 @@ class CountingOps:
     take_flat = take_rows
 
     def lookup(self, table: Outline, index: Outline) -> Outline:
-        return Outline((*index.dims, table.dims[-1]))
+        return Outline((*index.dims, *table.dims[1:]))
 
     # -- attention
     def attention(self, query: Outline, key: Outline, value: Outline, mask: Outline) -> Outline:
@@ -162,6 +190,23 @@ class CountingOps:
         self.products.append(Product(rows, width, keys, batch * heads, stored=False))
         self.products.append(Product(rows, keys, width, batch * heads, stored=False))
         return Outline(query.dims)
+
+    # -- experts
+    def experts(
+        self, experts: Experts, x: Outline, chosen: Outline, share: Outline, gate_up: Outline, down: Outline
+    ) -> Outline:
+        # What the router asks for: how a provider lays rows out, and what it computes beside, is its own.
+        pairs = prod(chosen.dims)
+        for weight in (gate_up, down):
+            self.products.append(Product(pairs, weight.dims[2], weight.dims[1]))
+        return Outline(x.dims)
+
+
+def read_count(count: Outline | int) -> int:
+    """The number itself, or the one that a tensor holds."""
+    size = count if isinstance(count, int) else count.value
+    assert size is not None
+    return size
 
 
 def broadcast(left: Outline, right: Outline) -> Outline:

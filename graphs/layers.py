@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dllm_export.graphs.experts import choose_experts
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
@@ -46,17 +47,18 @@ def project(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:  # [B,
     return add_bias(ops, ops.matmul(x, weights[name]), weights, name)
 
 
-def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N, heads, d], cos/sin [B, N, d/2]
-    """Rotary embedding, rotate-half pairing: dimension j turns with j + d/2."""
+def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N, heads, d], cos/sin [B, N, r/2]
+    """Rotary embedding, rotate-half pairing: dimension j turns with j + r/2, of the first r dimensions that turn."""
     with ops.scope("rope"):
         wide = ops.widen(x) if shape.rope_float32 else x
         cos, sin = (ops.unsqueeze(ops.narrow(table, wide), 2) for table in (cos, sin))
-        half = shape.head_dim // 2
-        low, high = ops.split(wide, (half, half))
+        half, rest = shape.rotary_width // 2, shape.head_dim - shape.rotary_width
+        low, high, *still = ops.split(wide, (half, half, rest) if rest else (half, half))
         turned = ops.concat(
             (
                 ops.sub(ops.mul(low, cos), ops.mul(high, sin)),
                 ops.add(ops.mul(high, cos), ops.mul(low, sin)),
+                *still,
             )
         )
     return ops.narrow(turned, x)
@@ -104,10 +106,20 @@ def finish_rows(
 
 
 def run_mlp(ops: Ops[T], shape: ModelShape, x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, D]
+    """The layer's own kind: a mixture of experts where it has a router, with a shared one or without."""
+    if shape.experts is not None and "router" in weights:
+        chosen, share = choose_experts(ops, shape.experts, x, weights)
+        mixed = ops.experts(shape.experts, x, chosen, share, weights["expert_gate_up"], weights["expert_down"])
+        shared = shape.experts.shared
+        return ops.add(mixed, run_swiglu(ops, x, weights, shared, "shared_")) if shared else mixed
     if shape.mlp_kind == "gelu":
         return project(ops, ops.gelu(project(ops, x, weights, "up")), weights, "down")
-    gate, up = ops.split(project(ops, x, weights, "gate_up"), (shape.mlp, shape.mlp))
-    return project(ops, ops.mul(ops.silu(gate), up), weights, "down")
+    return run_swiglu(ops, x, weights, shape.mlp)
+
+
+def run_swiglu(ops: Ops[T], x: T, weights: Mapping[str, T], width: int, prefix: str = "") -> T:
+    gate, up = ops.split(project(ops, x, weights, f"{prefix}gate_up"), (width, width))
+    return project(ops, ops.mul(ops.silu(gate), up), weights, f"{prefix}down")
 
 
 def hand_over(t: Mapping[str, T], first: Mapping[str, T]) -> dict[str, T]:

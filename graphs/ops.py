@@ -12,6 +12,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
+from dllm_export.graphs.shape import Experts
+
 T = TypeVar("T")
 
 
@@ -40,9 +42,11 @@ class Ops(Protocol[T]):
         """The tanh form: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
         ...
 
+    def sigmoid(self, x: T) -> T: ...
     def relu(self, x: T) -> T: ...
     def exp(self, x: T) -> T: ...
     def log(self, x: T) -> T: ...
+    def floor(self, x: T) -> T: ...
     def where(self, condition: T, chosen: T, other: T) -> T: ...
     def both(self, left: T, right: T) -> T:
         """Logical and of two bool tensors."""
@@ -58,6 +62,10 @@ class Ops(Protocol[T]):
 
     def differs(self, left: T, right: T) -> T:
         """The opposite of `matches`."""
+        ...
+
+    def at_most(self, left: T, right: T) -> T:
+        """Bool: left <= right, with broadcasting."""
         ...
 
     def fill(self, like: T, value: float) -> T:
@@ -77,6 +85,7 @@ class Ops(Protocol[T]):
     def mean(self, x: T) -> T: ...
     def sum(self, x: T, *, keep: bool) -> T: ...
     def max(self, x: T, *, keep: bool) -> T: ...
+    def softmax(self, x: T) -> T: ...
     def any_last(self, x: T) -> T:
         """Bool: is any element of the last axis true."""
         ...
@@ -93,8 +102,27 @@ class Ops(Protocol[T]):
         """Largest `count` values of the last axis, descending, and their int32 positions; ties go to the lowest position."""
         ...
 
+    # -- counts: int64 [1], known before a graph runs
+    def count_rows(self, x: T) -> T:
+        """B * N of x [B, N, ...]."""
+        ...
+
+    def smaller(self, left: T, right: T | int) -> T: ...
+    def times(self, count: T, factor: T | int) -> T: ...
+    def divide(self, count: T, by: int) -> T:
+        """Rounded down."""
+        ...
+
+    def at_least(self, count: T, least: int) -> T: ...
+    def count_up(self, count: T | int, beside: T) -> T:
+        """int32 [count]: 0, 1, ..., where `beside` is."""
+        ...
+
     # -- layout
-    def matmul(self, x: T, weight: T) -> T: ...
+    def matmul(self, x: T, weight: T) -> T:
+        """[..., N, D] @ [D, M], or @ [..., D, M] where both have batches, which are broadcast."""
+        ...
+
     def matmul_transposed(self, x: T, weight: T) -> T:
         """x @ weight^T: the tied head."""
         ...
@@ -115,6 +143,10 @@ class Ops(Protocol[T]):
         """first [B, N, ...], second [B, M, ...] -> [B, N + M, ...]."""
         ...
 
+    def take_turns(self, x: T) -> tuple[T, T]:
+        """Rows 0, 2, .. and rows 1, 3, .. of x [N, 2M, D], each [N, M, D]."""
+        ...
+
     def split_heads(self, x: T, heads: int, width: int) -> T:
         """[B, N, heads * width] -> [B, N, heads, width]."""
         ...
@@ -126,6 +158,14 @@ class Ops(Protocol[T]):
     def unsqueeze(self, x: T, axis: int) -> T: ...
     def column(self, x: T, index: int) -> T:
         """x[..., index], the axis dropped."""
+        ...
+
+    def swap_last(self, x: T) -> T:
+        """The last two axes swapped."""
+        ...
+
+    def columns(self, x: T) -> T:
+        """[B, N, E] -> [E, B * N]."""
         ...
 
     def positions(self, x: T, axis: int = 1) -> T:
@@ -141,18 +181,26 @@ class Ops(Protocol[T]):
         ...
 
     def take_flat(self, rows: T, index: T) -> T:
-        """rows [B, N, D], index [C, Q] int32 -> [C, Q, D]: rows of any sequence, counted through all: b * N + n."""
+        """rows [B, N, D], index int32 [...] -> [..., D]: rows of any sequence, counted through all: b * N + n."""
         ...
 
     def lookup(self, table: T, index: T) -> T:
-        """table [V, D], index [B, N] int32 -> [B, N, D]."""
+        """table [V, ...], index int32 [...] -> [..., ...]: entries of the table."""
         ...
 
-    # -- the one fused operation
+    # -- the fused operations
     def attention(self, query: T, key: T, value: T, mask: T) -> T:
         """softmax(query key^T / sqrt(head_dim)) value, softmax in float32.
 
         query [B, Q, H, d]; key, value [B, S, G, d] (head j reads group j // (H/G)); mask bool, true where a key is visible:
         [B, S] to all rows alike, or [B, Q, S] to each row. Every row must see a key. Returns [B, Q, H, d].
+        """
+        ...
+
+    def experts(self, experts: Experts, x: T, chosen: T, share: T, gate_up: T, down: T) -> T:
+        """Sum over j of share[j] * (expert chosen[j] of the row), in float32; rows and result [B, N, D] in x's type.
+
+        An expert is a SwiGLU of gate_up [E, 2F, D], where rows of gate and up take turns, and down [E, D, F]. chosen
+        [B, N, k] int32 are k different experts of each row, share [B, N, k] is float32.
         """
         ...

@@ -16,8 +16,35 @@ MlpKind = Literal["swiglu", "gelu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the SwiGLU: each row goes to `per_token` of `count` small ones."""
+
+    count: int
+    """E."""
+    per_token: int
+    """k, experts of a row."""
+    mlp: int
+    """F, inner width of an expert."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's products."""
+    renormalise: bool = False
+    """Whether the shares of the chosen experts are scaled to a sum of 1."""
+    scale: float = 1.0
+    """What the shares are multiplied with in the end."""
+    bias: bool = False
+    """Whether numbers are added to the scores for the choice, and for the choice alone."""
+    groups: int = 1
+    groups_kept: int = 1
+    """Only experts in this many of the groups can be chosen: in those whose two best have the largest sum."""
+    shared: int = 0
+    """Inner width of a SwiGLU that every row goes through as well; 0 for none."""
+    dense_layers: int = 0
+    """The first layers that have a plain SwiGLU instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes and flags of one dense bidirectional transformer; a family maps its config.json to this value."""
+    """Sizes and flags of one bidirectional transformer; a family maps its config.json to this value."""
 
     layers: int
     hidden: int
@@ -28,7 +55,7 @@ class ModelShape:
     """G, key/value heads; H must be a multiple."""
     head_dim: int
     mlp: int
-    """Inner width of the MLP."""
+    """Inner width of the MLP, of dense layers where there are `experts`."""
     vocab: int
     """V, rows of the embedding table and of the head."""
     max_length: int
@@ -37,6 +64,9 @@ class ModelShape:
     rope_theta: float
     rope_float32: bool = True
     """Rotate q and k in float32 and cast back (LLaDA); otherwise in the compute type."""
+    rope_fraction: float = 1.0
+    """Share of a head's dimensions, the first ones, that are rotated."""
+    experts: Experts | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     """RMSNorm of every query and key head before RoPE; one weight of head_dim for all query heads and one for all keys."""
@@ -65,8 +95,21 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.experts is not None and layer >= self.experts.dense_layers
+
+    @property
     def weight_count(self) -> int:
         """Parameters in layers, embedding and head, without biases."""
         matrices = 3 if self.mlp_kind == "swiglu" else 2
-        layer = self.hidden * (2 * self.query_width + 2 * self.key_width + matrices * self.mlp + 2)
-        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied_head else 2) + self.hidden
+        attention = 2 * self.query_width + 2 * self.key_width + 2
+        widths = self.layers * (attention + matrices * self.mlp)
+        if self.experts is not None:
+            mixture = self.experts.count * (3 * self.experts.mlp + 1) + 3 * self.experts.shared
+            widths += (self.layers - self.experts.dense_layers) * (mixture - matrices * self.mlp)
+        return self.hidden * widths + self.vocab * self.hidden * (1 if self.tied_head else 2) + self.hidden

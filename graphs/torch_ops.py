@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from dllm_export.graphs.shape import Experts
+
 WIDE_ROW = 4096
 """Longest axis that `top` sorts whole."""
 
@@ -41,6 +43,9 @@ class TorchOps:
     def gelu(self, x: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x, approximate="tanh")
 
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
     def relu(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
@@ -49,6 +54,9 @@ class TorchOps:
 
     def log(self, x: Tensor) -> Tensor:
         return torch.log(x)
+
+    def floor(self, x: Tensor) -> Tensor:
+        return torch.floor(x)
 
     def where(self, condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
         return torch.where(condition, chosen, other)
@@ -64,6 +72,9 @@ class TorchOps:
 
     def differs(self, left: Tensor, right: Tensor) -> Tensor:
         return left != right
+
+    def at_most(self, left: Tensor, right: Tensor) -> Tensor:
+        return left <= right
 
     def fill(self, like: Tensor, value: float) -> Tensor:
         return torch.full((), value, dtype=like.dtype, device=like.device)
@@ -82,6 +93,9 @@ class TorchOps:
 
     def max(self, x: Tensor, *, keep: bool) -> Tensor:
         return x.amax(-1, keepdim=keep)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, dim=-1)
 
     def any_last(self, x: Tensor) -> Tensor:
         return x.any(-1)
@@ -103,6 +117,24 @@ class TorchOps:
         values, order = torch.sort(x.gather(-1, places), dim=-1, descending=True, stable=True)
         return values, places.gather(-1, order).to(torch.int32)
 
+    def count_rows(self, x: Tensor) -> Tensor:
+        return torch.tensor([x.shape[0] * x.shape[1]])
+
+    def smaller(self, left: Tensor, right: Tensor | int) -> Tensor:
+        return torch.minimum(left, torch.as_tensor(right))
+
+    def times(self, count: Tensor, factor: Tensor | int) -> Tensor:
+        return count * factor
+
+    def divide(self, count: Tensor, by: int) -> Tensor:
+        return count // by
+
+    def at_least(self, count: Tensor, least: int) -> Tensor:
+        return count.clamp(min=least)
+
+    def count_up(self, count: Tensor | int, beside: Tensor) -> Tensor:
+        return torch.arange(int(count), dtype=torch.int32, device=beside.device)
+
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight
 
@@ -121,6 +153,9 @@ class TorchOps:
     def join_rows(self, first: Tensor, second: Tensor) -> Tensor:
         return torch.cat((first, second), dim=1)
 
+    def take_turns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, 0::2], x[:, 1::2]
+
     def split_heads(self, x: Tensor, heads: int, width: int) -> Tensor:
         return x.view(*x.shape[:-1], heads, width)
 
@@ -132,6 +167,12 @@ class TorchOps:
 
     def column(self, x: Tensor, index: int) -> Tensor:
         return x[..., index]
+
+    def swap_last(self, x: Tensor) -> Tensor:
+        return x.transpose(-1, -2)
+
+    def columns(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).T
 
     def positions(self, x: Tensor, axis: int = 1) -> Tensor:
         return torch.arange(x.shape[axis], dtype=torch.int32, device=x.device)
@@ -147,7 +188,7 @@ class TorchOps:
         return rows.flatten(0, 1)[index.long()]
 
     def lookup(self, table: Tensor, index: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(index.long(), table)
+        return torch.nn.functional.embedding(index.long(), table) if table.dim() == 2 else table[index.long()]
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -160,3 +201,15 @@ class TorchOps:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return mixed.transpose(1, 2)
+
+    def experts(
+        self, experts: Experts, x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        rows, chosen, share = x.flatten(0, 1), chosen.flatten(0, 1), share.flatten(0, 1)
+        total = torch.zeros(rows.shape, dtype=share.dtype, device=x.device)
+        for expert in torch.unique(chosen).tolist():
+            row, choice = torch.nonzero(chosen == expert, as_tuple=True)
+            both = rows[row] @ gate_up[expert].T
+            result = (torch.nn.functional.silu(both[:, 0::2]) * both[:, 1::2]) @ down[expert].T
+            total.index_add_(0, row, share[row, choice, None] * result.to(share.dtype))
+        return total.to(x.dtype).view_as(x)

@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from dllm_export.errors import IntegrityError, UsageError
-from dllm_export.graphs import DType, GraphSpec, graph_specs, with_stages
+from dllm_export.graphs import DType, GraphSpec, graph_layers, graph_specs, with_stages
 from dllm_export.runtime.manifest import (
     MANIFEST,
     EngineRecord,
@@ -56,9 +56,10 @@ class Bundle:
             raise IntegrityError(f"{MANIFEST} refers to '{relative}' but does not list it; export again")
         return self.path / relative
 
-    def graph_bytes(self, graph: str) -> bytes:
-        """The ONNX bytes of a graph with weights as inputs."""
-        return self._read_graph(graph, self.manifest.graphs[graph].file, 0)
+    def graph_bytes(self, graph: str, *, contrib: bool = False) -> bytes:
+        """The ONNX bytes of a graph with weights as inputs; `contrib` takes ONNX Runtime's own form where there is one."""
+        record = self.manifest.graphs[graph]
+        return self._read_graph(graph, (record.contrib_file if contrib else None) or record.file, 0)
 
     def constant_graph_bytes(self, graph: str) -> bytes:
         """The ONNX bytes of a graph with weights as initialisers, whose data the caller must give."""
@@ -139,29 +140,34 @@ def check_graphs(bundle: Bundle) -> None:
         signature = (record.inputs, record.weights, record.outputs)
         if spec is None or signature != tuple(map(tensor_records, (spec.inputs, spec.weights, spec.outputs))):
             raise IntegrityError(f"graph '{name}' does not have the signature this version runs; export again")
-        for file in filter(None, (record.file, record.constant_file)):
+        for file in filter(None, (record.file, record.constant_file, record.contrib_file)):
             bundle.file(file)
 
 
 def check_bindings(bundle: Bundle) -> None:
     """Every weight of every layer is bound to a stored tensor of its shape and type."""
-    manifest, sizes = bundle.manifest, STORED_TYPES[bundle.manifest.dtype]
+    manifest = bundle.manifest
     if len(manifest.layer_bindings) != manifest.shape.layers:
         raise IntegrityError(
             f"{MANIFEST} binds {len(manifest.layer_bindings)} layers of {manifest.shape.layers}; export again"
         )
     for name, spec in bundle.specs.items():
-        for records in manifest.layer_bindings if name.startswith("layer_") else (manifest.model_bindings,):
+        layers = graph_layers(manifest.shape, name)
+        bindings = (
+            (manifest.model_bindings,) if layers is None else [manifest.layer_bindings[layer] for layer in layers]
+        )
+        for records in bindings:
             for weight in spec.weights:
+                kind = STORED_TYPES["float32" if weight.type == "float32" else manifest.dtype]
                 if weight.name not in records:
                     raise IntegrityError(
                         f"{MANIFEST} binds no tensor to weight '{weight.name}' of '{name}'; export again"
                     )
                 stored = bundle.stored(records[weight.name])
-                if stored.shape != weight.dims or stored.dtype != sizes:
+                if stored.shape != weight.dims or stored.dtype != kind:
                     raise IntegrityError(
                         f"{records[weight.name].file}: '{records[weight.name].tensor}' is {stored.dtype} {stored.shape}, "
-                        f"expected {sizes} {weight.dims}; export again"
+                        f"expected {kind} {weight.dims}; export again"
                     )
 
 

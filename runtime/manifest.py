@@ -40,6 +40,9 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Weights are inputs."""
     constant_file: str | None
     """The same graph with weights as initialisers without data, for providers that are faster on constants."""
+    contrib_file: str | None = None
+    """The same graph with an operator of ONNX Runtime's own for experts, whose kernel on the CPU is the fastest there; None
+    where the graph has no experts. The constant form then has it too."""
     inputs: tuple[TensorRecord, ...]
     weights: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.graphs import ModelShape
+from dllm_export.graphs import ModelShape, layer_graph
 from dllm_export.runtime.buffers import Buffers, RequestShape
 from dllm_export.runtime.policies.policy import StepPlan
 from dllm_export.runtime.programs import ProgramStore
@@ -56,7 +56,7 @@ class Shadow:
         given = {name: self._given(name) for name in ("index", "shown")}
         for layer, tensors in enumerate(seen):
             stream = {"hidden": self._stream(layer), "hidden_out": self._stream(layer + 1)}
-            yield GraphCall("layer_shadow", layer, {**stream, **given, **tensors})
+            yield GraphCall(layer_graph(self._shape, "layer_shadow", layer), layer, {**stream, **given, **tensors})
 
     def _stream(self, layer: int) -> Buffer:
         return self._buffers.hidden(f"shadow.{self._rows}", self._rows, layer % 2)

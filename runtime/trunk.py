@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.graphs import ModelShape, TensorType
+from dllm_export.graphs import ModelShape, TensorType, layer_graph
 from dllm_export.runtime.buffers import Buffers, RequestShape, Segment
 from dllm_export.runtime.compact_cache import CompactCache
 from dllm_export.runtime.policies.policy import PICKING_GRAPHS, LayerPlan, Rows, StepPlan
@@ -41,7 +41,7 @@ class Trunk:
 
     def start(self, cos: NDArray[np.float64], sin: NDArray[np.float64], mask: NDArray[np.bool_]) -> None:
         """Upload what stays fixed for a request: rotary tables [B, S, d/2] and the key mask [B, S]."""
-        dims, rotary = (self.request.batch, self.request.length), self._shape.head_dim // 2
+        dims, rotary = (self.request.batch, self.request.length), self._shape.rotary_width // 2
         self._buffers.get("cos", (*dims, rotary), "float32").write(cos)
         self._buffers.get("sin", (*dims, rotary), "float32").write(sin)
         self._buffers.get("mask", dims, "bool").write(mask)
@@ -223,14 +223,14 @@ class Trunk:
         tensors["delta_out"] = after = self._new_delta(plan, layer, new)
         if plan.compaction is not None and plan.rows is not None:
             own = {**stream, "delta_out": after, **self._shared, **self._compact.tensors(plan.compaction, layer)}
-            yield GraphCall("layer_partial", layer, own)
+            yield self._layer_call("layer_partial", layer, own)
         elif step.graph == "layer_full":
-            yield GraphCall("layer_full", layer, tensors)
+            yield self._layer_call("layer_full", layer, tensors)
             if plan.compaction is not None:
                 made = {name: written[f"{name}_out"] for name in cached} | {"hidden": stream["hidden"]}
                 yield self._compact.compact(plan.compaction, layer, {**made, **self._context()})
         elif step.graph == "layer_partial":
-            yield GraphCall("layer_partial", layer, {**tensors, **cached, **self._placed(plan)})
+            yield self._layer_call("layer_partial", layer, {**tensors, **cached, **self._placed(plan)})
         else:
             delta = buffers.cache("delta", layer, old)
             before = buffers.sequence_delta(0) if whole else delta
@@ -248,17 +248,20 @@ class Trunk:
             if step.graph == "layer_indicated":
                 halves = (buffers.cache("indicator", layer, half) for half in (old, new))
                 chosen |= dict(zip(("indicator", "indicator_out"), halves, strict=True))
-            yield GraphCall(step.graph, layer, {**tensors, **cached, **self._placed(plan), **chosen})
+            yield self._layer_call(step.graph, layer, {**tensors, **cached, **self._placed(plan), **chosen})
         if plan.alive != "response" and plan.keep_delta:
             places = self._row_response() if plan.rows else self._positions("response")
             yield self._gather(after, places, buffers.cache("delta", layer, new))
+
+    def _layer_call(self, graph: str, layer: int, tensors: dict[str, Buffer]) -> GraphCall:
+        return GraphCall(layer_graph(self._shape, graph, layer), layer, tensors)
 
     def _gather(self, source: Buffer, index: Buffer, target: Buffer) -> GraphCall:
         return GraphCall("gather", None, {"hidden": source, "index": index, "hidden_out": target})
 
     # -- buffers that hold the same values all request long
     def _context(self) -> dict[str, Buffer]:
-        dims, rotary = (self.request.batch, self.request.length), self._shape.head_dim // 2
+        dims, rotary = (self.request.batch, self.request.length), self._shape.rotary_width // 2
         return {
             "cos": self._buffers.get("cos", (*dims, rotary), "float32"),
             "sin": self._buffers.get("sin", (*dims, rotary), "float32"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dllm_export.graphs import ModelShape
-from dllm_export.graphs.families import FAMILIES
+from dllm_export.graphs.families import FAMILIES, KNOWN_FAMILIES
+from dllm_export.tools.expert_config import expert_config
 
 
 def huggingface_config(family: str, shape: ModelShape, *, mask: int, end: int) -> dict[str, object]:
     """config.json with the keys that such files have, and the sizes and flags of this shape."""
-    marks = FAMILIES[family].marks
+    marks = (FAMILIES[family] if family in FAMILIES else KNOWN_FAMILIES[family]).marks
     return {
         "architectures": [marks.architectures[0]],
         "attention_bias": shape.qkv_bias,
@@ -35,4 +36,5 @@ def huggingface_config(family: str, shape: ModelShape, *, mask: int, end: int) -
         "use_cache": False,
         "use_sliding_window": False,
         "vocab_size": shape.vocab,
+        **expert_config(family, shape),
     }

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_export.graphs import ModelShape
-from dllm_export.graphs.families import TensorNames, dit, huggingface, layer_slots, llada
+from dllm_export.graphs.families import MLP_SLOTS, TensorNames, dit, huggingface, layer_slots, llada, llada2
 from dllm_export.graphs.families.family import MODULATED_SLOTS
 from dllm_export.tools.dit_config import bd3lm_config, mdlm_config, sedd_config
 from dllm_export.tools.huggingface_config import huggingface_config
@@ -81,7 +81,8 @@ def tensor_names(family: str) -> TensorNames:
     """What the family's checkpoints call their tensors."""
     if family in ("mdlm", "bd3lm", "sedd"):
         return dit.tensor_names("" if family == "sedd" else "backbone.")
-    return llada.tensor_names(1) if family == "llada" else huggingface.NAMES
+    named = {"llada": llada.tensor_names(1), "llada2": llada2.NAMES}
+    return named.get(family, huggingface.MOE_NAMES if family.endswith("-moe") else huggingface.NAMES)
 
 
 def random_tensors(shape: ModelShape, generator: torch.Generator, family: str = "llada") -> dict[str, Tensor]:
@@ -109,6 +110,11 @@ def random_tensors(shape: ModelShape, generator: torch.Generator, family: str = 
         "head_bias": (shape.vocab, 0), "norm_modulation": (2 * d, time), "norm_modulation_bias": (2 * d, 0),
         "time1": (time, TIME_WIDTH), "time1_bias": (time, 0), "time2": (time, time), "time2_bias": (time, 0),
     }  # fmt: skip
+    experts = shape.experts
+    if experts is not None:
+        sizes |= {"router": (experts.count, d), "router_bias": (experts.count, 0)}
+        for prefix, width in (("shared_", experts.shared), ("expert_", experts.mlp)):
+            sizes |= {f"{prefix}gate": (width, d), f"{prefix}up": (width, d), f"{prefix}down": (d, width)}
     names = tensor_names(family)
     tensors = {
         names.embedding: torch.randn(shape.vocab, d, generator=generator, device=generator.device),
@@ -117,7 +123,12 @@ def random_tensors(shape: ModelShape, generator: torch.Generator, family: str = 
     if not shape.tied_head:
         tensors[names.head] = matrix(shape.vocab, d)
     tensors |= {name: draw(slot) for slot, name in names.others.items()}
-    slots = MODULATED_SLOTS if names.others else layer_slots(shape)
     for layer in range(shape.layers):
-        tensors |= {names.in_layer(slot, layer): draw(slot) for slot in slots}
+        # In the order of the slots, each tensor once: sets would draw another checkpoint in every process.
+        slots = MODULATED_SLOTS if names.others else layer_slots(shape, layer)
+        stored = dict.fromkeys(slots if names.others else map(names.stored, slots))
+        tensors |= {names.in_layer(slot, layer): draw(slot) for slot in stored}
+        if experts is not None and shape.has_experts(layer):
+            for number in range(experts.count):
+                tensors |= {names.of_expert(slot, layer, number): draw(f"expert_{slot}") for slot in MLP_SLOTS}
     return tensors

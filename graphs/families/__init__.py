@@ -10,7 +10,9 @@ from dllm_export.graphs.families.detection import find_family, refuse_files
 from dllm_export.graphs.families.family import (
     BIAS_SLOTS,
     LAYER_SLOTS,
+    MLP_SLOTS,
     QK_NORM_SLOTS,
+    SHARED_SLOTS,
     Family,
     KnownFamily,
     Marks,
@@ -25,10 +27,15 @@ from dllm_export.graphs.families.family import (
 from dllm_export.graphs.families.illada import ILLADA
 from dllm_export.graphs.families.known import KNOWN
 from dllm_export.graphs.families.llada import LLADA
+from dllm_export.graphs.families.llada2 import LLADA2
+from dllm_export.graphs.families.llada_moe import LLADA_MOE
 from dllm_export.graphs.families.mdlm import MDLM
+from dllm_export.graphs.families.sdar_moe import SDAR_MOE
 from dllm_export.graphs.families.sedd import SEDD
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA, *A2D, MDLM, BD3LM, SEDD)}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (LLADA, ILLADA, *A2D, LLADA_MOE, LLADA2, SDAR_MOE, MDLM, BD3LM, SEDD)
+}
 """Families that can be exported."""
 
 KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in KNOWN}
@@ -50,7 +57,9 @@ __all__ = [
     "FAMILIES",
     "KNOWN_FAMILIES",
     "LAYER_SLOTS",
+    "MLP_SLOTS",
     "QK_NORM_SLOTS",
+    "SHARED_SLOTS",
     "Family",
     "KnownFamily",
     "Marks",

@@ -20,10 +20,21 @@ MODULATED_SLOTS = (
 """Tensors of a layer whose norms are modulated by the time, as its checkpoints store them."""
 
 
-def layer_slots(shape: ModelShape) -> tuple[str, ...]:
-    """Every tensor of a layer of this shape, by canonical slot."""
+MLP_SLOTS = ("gate", "up", "down")
+SHARED_SLOTS = tuple(f"shared_{slot}" for slot in MLP_SLOTS)
+"""An expert that every row goes through. The tensors of the others are not slots of a layer: TensorNames.expert."""
+FUSED_SLOTS = {"q": "qkv", "k": "qkv", "v": "qkv"}
+"""Where a checkpoint may keep several slots as one tensor, row by row."""
+
+
+def layer_slots(shape: ModelShape, layer: int = -1) -> tuple[str, ...]:
+    """Every tensor of a layer, the last where none is named, by canonical slot; experts aside."""
     biases, norms = BIAS_SLOTS if shape.qkv_bias else (), QK_NORM_SLOTS if shape.qk_norm else ()
-    return (*LAYER_SLOTS, *biases, *norms)
+    if shape.experts is None or not shape.has_experts(layer % shape.layers):
+        return (*LAYER_SLOTS, *biases, *norms)
+    attention = tuple(slot for slot in LAYER_SLOTS if slot not in MLP_SLOTS)
+    router = ("router", *(("router_bias",) if shape.experts.bias else ()))
+    return (*attention, *biases, *norms, *router, *(SHARED_SLOTS if shape.experts.shared else ()))
 
 
 def find_no_token(kind: str, texts: tuple[str, ...]) -> int | None:
@@ -94,10 +105,20 @@ class TensorNames:
     norm: str
     head: str
     layer: Mapping[str, str]
-    """Slot -> name with the placeholders {layer}, {group} and {member}."""
+    """Slot -> name with the placeholders {layer}, {group} and {member}; qkv in place of q, k and v where they are one."""
     group_size: int = 1
     others: Mapping[str, str] = field(default_factory=dict)
     """Slot -> name of tensors outside the layers that only some models have."""
+    expert: Mapping[str, str] = field(default_factory=dict)
+    """gate, up and down of an expert -> name with the placeholders {layer} and {expert}."""
+
+    def stored(self, slot: str) -> str:
+        """The slot itself, or the one that it is a part of."""
+        return slot if slot in self.layer else FUSED_SLOTS[slot]
+
+    def of_expert(self, slot: str, layer: int, expert: int) -> str:
+        """The name of an expert's tensor."""
+        return self.expert[slot].format(layer=layer, expert=expert)
 
     def in_layer(self, slot: str, layer: int) -> str:
         """The name of a layer's tensor."""
@@ -124,10 +145,11 @@ class ModelConfig:
     assumed: tuple[str, ...] = field(default=())
     """Values that came from the family's table because the checkpoint does not state them, as sentences."""
 
-    @property
-    def layer_slots(self) -> tuple[str, ...]:
-        """Every tensor of a layer that the checkpoint stores, by slot."""
-        return MODULATED_SLOTS if self.conditioning else layer_slots(self.shape)
+    def stored_slots(self, layer: int) -> tuple[str, ...]:
+        """Every tensor of a layer that the checkpoint stores, by slot, each once; experts aside."""
+        if self.conditioning:
+            return MODULATED_SLOTS
+        return tuple(dict.fromkeys(map(self.names.stored, layer_slots(self.shape, layer))))
 
 
 def confirm_always(source: Source) -> bool:

@@ -6,12 +6,13 @@ the defaults of their classes disagree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.family import (
     LAYER_LIMIT,
+    MLP_SLOTS,
     ModelConfig,
     SamplerDefaults,
     Source,
@@ -20,7 +21,7 @@ from dllm_export.graphs.families.family import (
     read_size,
 )
 from dllm_export.graphs.families.special_tokens import ReleasedTokens, read_tokens
-from dllm_export.graphs.shape import ModelShape
+from dllm_export.graphs.shape import Experts, ModelShape
 
 SLOTS = {
     "norm1": "input_layernorm.weight",
@@ -44,7 +45,15 @@ NAMES = TensorNames(
     head="lm_head.weight",
     layer={slot: f"model.layers.{{layer}}.{name}" for slot, name in SLOTS.items()},
 )
+EXPERT = {slot: f"model.layers.{{layer}}.mlp.experts.{{expert}}.{slot}_proj.weight" for slot in MLP_SLOTS}
+"""Experts as Qwen3-MoE and its relatives call them."""
+MOE_NAMES = replace(NAMES, layer={**NAMES.layer, "router": "model.layers.{layer}.mlp.gate.weight"}, expert=EXPERT)
 OTHER_BIASES = ("self_attn.o_proj.bias", "mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
+
+
+def read_no_experts(raw: Mapping[str, object]) -> Experts | None:
+    """The answer of a family whose layers have one MLP."""
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +70,14 @@ class HuggingFaceLayout:
     """Base of the rotation where the configuration states none; None refuses such a configuration."""
     trained_length: int | None = None
     """Longest sequence that was trained, where max_position_embeddings says more."""
+    names: TensorNames = NAMES
+    read_experts: Callable[[Mapping[str, object]], Experts | None] = read_no_experts
+    mlp_key: str = "intermediate_size"
+    """Key of the inner width of a SwiGLU that is no expert."""
+    block: int = 0
+    """Rows of a block where the configuration states none, of families that attend by blocks; 0 for the others."""
+    rotates_in_part: bool = False
+    """Whether partial_rotary_factor is read, and not refused."""
 
     def read_config(self, source: Source) -> ModelConfig:
         """config.json and tensor names -> ModelConfig."""
@@ -71,7 +88,7 @@ class HuggingFaceLayout:
             shape=shape,
             tokens=tokens,
             sampler=self.sampler,
-            names=NAMES,
+            names=self.names,
             end_of_turn=self.end_of_turn,
             assumed=(*notes, *assumed),
         )
@@ -79,7 +96,11 @@ class HuggingFaceLayout:
     def read_shape(self, source: Source) -> tuple[ModelShape, tuple[str, ...]]:
         """Sizes and flags, and sentences on what config.json does not state."""
         raw, notes = source.config, []
-        refuse_other_layers(raw)
+        refuse_other_layers(raw, rotates_in_part=self.rotates_in_part)
+        experts, layers = self.read_experts(raw), read_size(raw, "num_hidden_layers", most=LAYER_LIMIT)
+        if experts is not None and experts.dense_layers >= layers:
+            experts = None
+        fraction = read(raw, "partial_rotary_factor", float, 1.0)
         if source.has("layernorm.bias") or "layer_norm_eps" in raw:
             raise CheckpointError("config.json: 'layer_norm_eps' means LayerNorm; only RMSNorm is supported here")
         for name in OTHER_BIASES:
@@ -100,25 +121,34 @@ class HuggingFaceLayout:
             raise CheckpointError(
                 f"config.json: 'head_dim' is {head_dim}, expected an even number: rotation needs pairs"
             )
+        if not 0 < fraction <= 1 or int(head_dim * fraction) % 2 or int(head_dim * fraction) == 0:
+            raise CheckpointError(
+                f"config.json: 'partial_rotary_factor' is {fraction}, expected an even share of a head of {head_dim}"
+            )
         tied = read(raw, "tie_word_embeddings", bool, self.tied_head)
-        if source.tensors and not tied and NAMES.head not in source.tensors:
+        if source.tensors and not tied and self.names.head not in source.tensors:
             tied = True
-            notes.append(f"tied head: the checkpoint has no '{NAMES.head}'")
+            notes.append(f"tied head: the checkpoint has no '{self.names.head}'")
         length = read_size(raw, "max_position_embeddings")
+        if self.block and raw.get("block_size") is None:
+            notes.append(f"block_size {self.block}: not in config.json, taken from the released {self.released.title}")
         shape = ModelShape(
-            layers=read_size(raw, "num_hidden_layers", most=LAYER_LIMIT),
+            layers=layers,
             hidden=width,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            mlp=read_size(raw, "intermediate_size"),
+            mlp=read_size(raw, self.mlp_key),
             vocab=read_size(raw, "vocab_size"),
             max_length=min(length, self.trained_length or length),
             norm_eps=read(raw, "rms_norm_eps", float, 1e-6),
             rope_theta=read_rope_theta(raw, self.rope_theta),
             rope_float32=False,
-            qkv_bias=source.has(SLOTS["q_bias"]),
-            qk_norm=source.has(SLOTS["q_norm"]),
+            rope_fraction=fraction,
+            block=read_size(raw, "block_size", self.block) if self.block else 0,
+            experts=experts,
+            qkv_bias=self._has(source, "q_bias"),
+            qk_norm=self._has(source, "q_norm"),
             tied_head=tied,
         )
         for key, what, found in (
@@ -131,6 +161,9 @@ class HuggingFaceLayout:
                     f"{what}: {'' if found else 'no '}tensors of them, though config.json says '{key}' {stated}"
                 )
         return shape, tuple(notes)
+
+    def _has(self, source: Source, slot: str) -> bool:
+        return slot in self.names.layer and source.has(self.names.layer[slot].partition("{layer}")[2])
 
 
 def read_rope_theta(raw: Mapping[str, object], default: float | None) -> float:
@@ -147,11 +180,11 @@ def read_rope_theta(raw: Mapping[str, object], default: float | None) -> float:
     return read(raw, "rope_theta", float, default)
 
 
-def refuse_other_layers(raw: Mapping[str, object]) -> None:
+def refuse_other_layers(raw: Mapping[str, object], *, rotates_in_part: bool) -> None:
     """Settings under which the same tensors mean another computation."""
     if read(raw, "hidden_act", str, "silu") != "silu":
         raise CheckpointError(f"config.json: 'hidden_act' is {raw['hidden_act']!r}, expected 'silu'")
-    if raw.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+    if not rotates_in_part and raw.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise CheckpointError(
             f"config.json: 'partial_rotary_factor' is {raw['partial_rotary_factor']!r}: heads that rotate in part are not "
             f"supported"

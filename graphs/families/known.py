@@ -5,11 +5,6 @@ from __future__ import annotations
 from dllm_export.graphs.families.family import KnownFamily, Marks, Source
 
 
-def has_experts(source: Source) -> bool:
-    """LLaDA-MoE shares its model type with LLaDA, and has experts."""
-    return source.architecture.startswith("LLaDAMoE") or "num_experts" in source.config
-
-
 def has_query_norms(source: Source) -> bool:
     """DreamReasoner shares an architecture with exports of Dream, which has biases instead."""
     return source.has("self_attn.q_norm.weight")
@@ -23,14 +18,6 @@ KNOWN = (
         title="Plaid-1B",
         marks=Marks(files=("embedding_matrix.pt", "noise_schedule.pt")),
         reason="it diffuses embeddings, not tokens: every position changes in every step, and no row is ever decided",
-    ),
-    KnownFamily(
-        name="llada-moe",
-        title="LLaDA-MoE",
-        marks=Marks(
-            architectures=("LLaDAMoEModelLM", "LLaDAMoE*"), model_types=("llada", "lladamoe"), confirm=has_experts
-        ),
-        reason="its layers are mixtures of experts",
     ),
     KnownFamily(
         name="dream-reasoner",

@@ -169,8 +169,12 @@ class OnnxRuntimeSession:
             sizes = measure_sizes(self._bundle.specs[call.graph], dims)
         key = (call.graph, None, tuple(sorted(sizes.items())))
         if key not in self._sessions:
-            self._sessions[key] = self._open(call.graph, self._bundle.graph_bytes(call.graph), {}, sizes)
+            self._sessions[key] = self._open(call.graph, self._graph_bytes(call.graph), {}, sizes)
         return self._sessions[key]
+
+    def _graph_bytes(self, graph: str) -> bytes:
+        # The own operator for experts is for the CPU: on CUDA the portable form can be captured, and has been built there.
+        return self._bundle.graph_bytes(graph, contrib=self._device == "cpu")
 
     def _open_prepacked(self, call: GraphCall, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
         key = (call.graph, call.layer)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.errors import DllmExportError, IncompatibleError, ResourceError
-from dllm_export.graphs import TensorSpec, TensorType, engine_specs
+from dllm_export.graphs import TensorSpec, TensorType, engine_specs, graph_layers
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
 from dllm_export.runtime.cuda import (
@@ -155,8 +155,8 @@ class TensorRtSession:
         uploader = Uploader(self.stream)
         try:
             for graph, spec in self._bundle.specs.items():
-                layers = range(self._bundle.manifest.shape.layers) if graph.startswith("layer_") else (None,)
-                for layer in layers if spec.weights else ():
+                layers = graph_layers(self._bundle.manifest.shape, graph)
+                for layer in ((None,) if layers is None else layers) if spec.weights else ():
                     for array in self._bundle.graph_weights(graph, layer).values():
                         address = array.__array_interface__["data"][0]
                         if address not in self._weights:

@@ -178,15 +178,16 @@ class TorchSession:
         key = (graph, scope)
         if key not in self._weights:
             arrays = self._bundle.graph_weights(graph, scope)
-            self._weights[key] = {name: self._share(array) for name, array in arrays.items()}
+            types = {weight.name: weight.type for weight in self._bundle.specs[graph].weights}
+            self._weights[key] = {name: self._share(array, types[name]) for name, array in arrays.items()}
         return self._weights[key]
 
-    def _share(self, array: NDArray[Any]) -> torch.Tensor:
+    def _share(self, array: NDArray[Any], type: TensorType) -> torch.Tensor:
         address = array.__array_interface__["data"][0]
         if address not in self._shared:
             host = array.view(np.uint16) if array.dtype.itemsize == 2 else array
             tensor = torch.from_numpy(host)  # over the mapped file: no copy unless device or type differ
             if array.dtype.itemsize == 2:
                 tensor = tensor.view(TORCH_TYPES[str(array.dtype)])
-            self._shared[address] = tensor.to(self._device, TORCH_TYPES[self._dtype])
+            self._shared[address] = tensor.to(self._device, TORCH_TYPES[self._resolve(type)])
         return self._shared[address]

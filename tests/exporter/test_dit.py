@@ -192,7 +192,7 @@ def raw_tensors(path: Path) -> tuple[list[dict[str, torch.Tensor]], dict[str, to
     names = checkpoint.config.names
     with checkpoint.reading() as load:
         layers = [
-            {slot: load(names.in_layer(slot, layer)).double() for slot in checkpoint.config.layer_slots}
+            {slot: load(names.in_layer(slot, layer)).double() for slot in checkpoint.config.stored_slots(layer)}
             for layer in range(SHAPE.layers)
         ]
         others = {slot: load(name).double() for slot, name in names.others.items()}

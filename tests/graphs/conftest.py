@@ -48,8 +48,10 @@ def draw_copies(rng: np.random.Generator, sizes: dict[str, int]) -> Array:
 
 
 def draw_tensor(rng: np.random.Generator, tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
-    """Normal numbers; a matrix is scaled so that its product with a row has a spread of 1.5."""
+    """Normal numbers; a matrix is scaled so that its product with a row has a spread of 1.5, an expert's too."""
     dims = tuple(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims)
+    if tensor.name.startswith("expert_"):  # [E, out, in]
+        return rng.normal(size=dims) * 1.5 * dims[2] ** -0.5
     matrix = len(dims) == 2 and isinstance(tensor.dims[0], int) and tensor.name != "embedding"
     return rng.normal(size=dims) * (1.5 * dims[0] ** -0.5 if matrix else 1.0)
 

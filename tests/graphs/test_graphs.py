@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.options import ExportType
-from dllm_export.graphs import TOP_TOKENS, ModelShape, graph_specs
+from dllm_export.graphs import TOP_TOKENS, Experts, ModelShape, graph_specs
 from dllm_export.runtime.bundle import Bundle
 
 Feeds = dict[str, NDArray[Any]]
@@ -52,6 +52,25 @@ SHAPES = {
     "biases": replace(PLAIN, mlp_bias=True, head_bias=True, qkv_bias=True),
     "dit": replace(PLAIN, norm="layer", mlp_kind="gelu", mlp_bias=True, head_bias=True, rope_float32=False),
     "timed": replace(PLAIN, norm="layer", mlp_kind="gelu", mlp_bias=True, head_bias=True, conditioning=6),
+    "experts": replace(PLAIN, experts=Experts(count=8, per_token=2, mlp=12)),
+    "grouped experts": replace(
+        PLAIN,
+        rope_fraction=0.5,
+        rope_float32=False,
+        experts=Experts(
+            count=8,
+            per_token=3,
+            mlp=10,
+            router="sigmoid",
+            renormalise=True,
+            scale=2.5,
+            bias=True,
+            groups=4,
+            groups_kept=2,
+            shared=14,
+            dense_layers=1,
+        ),
+    ),
 }
 GRAPHS = tuple(graph_specs(PLAIN))
 PICKING = ("layer_adaptive", "layer_tracking", "layer_indicated")
@@ -67,8 +86,8 @@ ELEMENT_TYPES = {
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "graphs.json"
 
 OPERATORS = {
-    *("Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Gather", "Log", "MatMul"),
-    *("GatherElements", "Greater", "Tanh"),
+    *("Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Floor", "Gather"),
+    *("GatherElements", "Greater", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Squeeze", "Tanh"),
     *(
         "MaxPool",
         "Mul",

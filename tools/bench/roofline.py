@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from dllm_export.graphs import DType, GraphSpec, ModelShape
+from dllm_export.graphs import DType, GraphSpec, ModelShape, TensorSpec
 from dllm_export.graphs.counting_ops import Product, count_products
 
 TYPE_BYTES: Mapping[str, int] = {
@@ -93,7 +93,7 @@ class Model:
             flops += sum(product.flops for product in self.products(call))
             scope = call.layer if call.graph.startswith("layer_") else None
             for weight in spec.weights:
-                dims = (call.sizes["B"], call.sizes["X"], weight.dims[1]) if call.graph == "embed" else weight.dims
+                dims = self._read_part(call, weight)
                 key = (f"{weight.name}.rows" if call.graph == "embed" else weight.name, scope)
                 read[key] = self._bytes(weight.type, dims, call.sizes)
             if any(tensor.name == "slot" for tensor in spec.inputs):
@@ -103,6 +103,17 @@ class Model:
                     if tensor.name in ("key", "value")
                 )
         return Work(flops=flops, weight_bytes=sum(read.values()), cache_bytes=cached)
+
+    def _read_part(self, call: Call, weight: TensorSpec) -> tuple[str | int, ...]:
+        """What a call reads of a weight at least: embeddings of its rows, and no more experts than its rows have."""
+        if call.graph == "embed":
+            return (call.sizes["B"], call.sizes["X"], weight.dims[1])
+        if self.shape.experts is None or not weight.name.startswith("expert_"):
+            return weight.dims
+        pairs = (
+            call.sizes["B"] * (call.sizes["Q"] if "Q" in call.sizes else call.sizes["S"]) * self.shape.experts.per_token
+        )
+        return (min(self.shape.experts.count, pairs), *weight.dims[1:])
 
     def count(self, calls: Iterable[Call]) -> Counter[Product]:
         """How often each matrix product occurs."""

@@ -8,8 +8,9 @@ from inspect import signature
 import numpy as np
 import pytest
 
-from dllm_export.graphs import ModelShape, Ops, graph_specs
-from dllm_export.graphs.counting_ops import CountingOps, Product, count_products
+from dllm_export.graphs import Experts, ModelShape, Ops, graph_specs
+from dllm_export.graphs.counting_ops import CountingOps, Outline, Product, count_products
+from dllm_export.graphs.experts import run_experts
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache, StepState
@@ -112,16 +113,45 @@ def test_a_step_looks_up_rows_of_the_embedding_and_not_all_of_it(llada_8b: Model
     assert model.work([Call("embed", None, {"B": 2, "X": 10})]).weight_bytes == 2 * 10 * 4096 * 2
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"kv_heads": 8}, {"qkv_bias": True}, {"tied_head": True}, {"indicator_rank": 16}]
+GROUPED = Experts(
+    count=64, per_token=8, mlp=1024, router="sigmoid", bias=True, groups=8, groups_kept=4, shared=512, dense_layers=1
 )
-def test_every_graph_of_every_shape_can_be_counted(change: dict[str, int], llada_8b: ModelShape) -> None:
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"kv_heads": 8}, {"qkv_bias": True}, {"tied_head": True}, {"indicator_rank": 16}, {"experts": GROUPED}],
+)
+def test_every_graph_of_every_shape_can_be_counted(change: dict[str, object], llada_8b: ModelShape) -> None:
     shape = replace(llada_8b, layers=2, **change)  # type: ignore[arg-type]
     sizes = {"B": 2, "C": 1, "S": 48, "X": 16, "Q": 8, "N": 48}
     for name, spec in graph_specs(shape).items():
         products = count_products(spec, shape, sizes)
         computes = any(weight.name in ("qk", "head", "proxy") for weight in spec.weights) or name.startswith("head")
         assert bool(products) == computes, name
+
+
+def test_experts_count_for_the_rows_that_go_to_them_and_are_read_as_far_as_rows_ask(llada_8b: ModelShape) -> None:
+    shape = replace(llada_8b, layers=1, experts=Experts(count=64, per_token=8, mlp=1024))
+    specs, one = graph_specs(shape), 3 * 4096 * 1024
+    routed = count_products(specs["layer_full"], shape, {"B": 1, "S": 100})
+    assert [product for product in routed if product.rows == 800] == [
+        Product(800, 4096, 2048), Product(800, 1024, 4096),
+    ]  # fmt: skip
+    model = Model(specs, shape, "float16")
+    read = [model.work([Call("layer_full", 0, {"B": 1, "S": rows})]).weight_bytes for rows in (1, 2, 8, 9, 100)]
+    assert [later - read[0] for later in read] == [2 * one * experts for experts in (0, 8, 56, 56, 56)]
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 300), (2, 700)])
+def test_tiles_multiply_no_more_than_the_documented_rows(rows: tuple[int, int]) -> None:
+    experts, ops, pairs = Experts(count=64, per_token=8, mlp=16), CountingOps(), rows[0] * rows[1] * 8
+    dims = ((*rows, 32), (*rows, 8), (*rows, 8), (64, 32, 32), (64, 32, 16))
+    run_experts(ops, experts, *map(Outline, dims))
+    tile = min(rows[0] * rows[1], 256)
+    further = max(1, pairs // 256 if rows[0] * rows[1] > 256 else 0)
+    found = [product.count for product in ops.products if (product.inner, product.columns) == (32, tile)]
+    assert found == [64, further]
 
 
 def test_every_operation_of_a_graph_can_be_counted() -> None:
