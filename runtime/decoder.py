@@ -44,6 +44,7 @@ class Decoder:
         self._head, self._special, self._request = head, special, request
         self._options, self._transfer, self._clock = options, transfer, clock
         batch = request.shape.batch
+        self._predictors = request.predictors
         self.canvas: NDArray[np.int32] = request.canvas.copy()
         self.confidence = np.full((batch, request.shape.response_rows), np.nan)  # of the rows decided so far
         self._asked = self.masked(request.shape.response_rows)
@@ -132,7 +133,7 @@ class Decoder:
         index = np.zeros((len(counts), bucket(int(counts.max()), length)), np.int32)
         rows = [np.flatnonzero(mask) for mask in masked]
         for sequence, places in enumerate(rows):
-            index[sequence, : len(places)] = places
+            index[sequence, : len(places)] = self._predictors[sequence, places]
         greedy = self._transfer.is_greedy(block_step, self._request.schedule.steps_per_block)
         temperature = 0.0 if greedy else self._options.temperature
         candidates = self._evidence(hidden, index, rows, span, block_step, temperature)
@@ -242,11 +243,14 @@ class Decoder:
         if graph in ("head", "head_drawn"):
             return self._candidates(hidden, index, self._banned)
         start, end = span
-        block = np.tile(np.arange(start, end, dtype=np.int32), (len(index), 1))
+        block = np.ascontiguousarray(self._predictors[:, start:end])
         numbers = self._transfer.head_inputs(block_step)
         self._clock.time(self._head.prepare_state(graph, hidden, block, self._banned, numbers))
         read = self._clock.time(lambda: self._head.read(end - start, *(MOVED if graph == "head_tracked" else ())))
-        return _check_finite(read.take(np.maximum(index - start, 0)))
+        places = np.zeros_like(index)
+        for sequence, own in enumerate(rows):
+            places[sequence, : len(own)] = own - start
+        return _check_finite(read.take(places))
 
     def _draw_tokens(
         self, hidden: Buffer, index: NDArray[np.int32], rows: list[NDArray[np.int64]], temperature: float
