@@ -341,5 +341,6 @@ def check_strategies(options: GenerationOptions, policy: CachePolicy, transfer: 
     if getattr(policy, "needs_upcoming", False) and not is_foreseen(options, transfer):
         raise UsageError(
             f"--policy {policy.name} must know which rows a step decides before the step runs, which takes --remasking "
-            f"random and --transfer quota, or --transfer ddpm or ddpm-cache; these are {options.remasking} and {transfer.name}"
+            f"random and --transfer quota, or --transfer ddpm, ddpm-cache or origin; these are "
+            f"{options.remasking or 'low_confidence'} and {transfer.name}"
         )

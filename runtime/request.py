@@ -47,7 +47,8 @@ class Request:
         if not shape.shift:
             return np.tile(places, (shape.batch, 1))
         first = np.maximum(self.padding - shape.led.prompt_rows, 0).astype(np.int32)
-        return np.maximum(places[None, :] + np.int32(shape.lead - 1), first[:, None])
+        rows: NDArray[np.int32] = np.maximum(places[None, :] + np.int32(shape.lead - 1), first[:, None])
+        return rows
 
 
 def continuation(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dllm_export.graphs.families.a2d import A2D
 from dllm_export.graphs.families.bd3lm import BD3LM
 from dllm_export.graphs.families.detection import find_family, refuse_files
+from dllm_export.graphs.families.dream import DREAM
 from dllm_export.graphs.families.family import (
     BIAS_SLOTS,
     LAYER_SLOTS,
@@ -28,7 +29,7 @@ from dllm_export.graphs.families.llada import LLADA
 from dllm_export.graphs.families.mdlm import MDLM
 from dllm_export.graphs.families.sedd import SEDD
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA, *A2D, MDLM, BD3LM, SEDD)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLADA, ILLADA, DREAM, *A2D, MDLM, BD3LM, SEDD)}
 """Families that can be exported."""
 
 KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in KNOWN}

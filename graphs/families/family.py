@@ -82,6 +82,9 @@ class SamplerDefaults:
     gen_length: int
     block_length: int
     temperature: float = 0.0
+    top_p: float = 1.0
+    remasking: Remasking = "low_confidence"
+    """The ranking of rules that rank."""
     transfer: str = "quota"
     """Name of the decoding rule, which then has its own default settings."""
 

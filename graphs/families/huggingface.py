@@ -59,6 +59,7 @@ class HuggingFaceLayout:
     """Whether a configuration without tie_word_embeddings means a tied head."""
     rope_theta: float | None = None
     """Base of the rotation where the configuration states none; None refuses such a configuration."""
+    shift: bool = False
     trained_length: int | None = None
     """Longest sequence that was trained, where max_position_embeddings says more."""
 
@@ -120,6 +121,7 @@ class HuggingFaceLayout:
             qkv_bias=source.has(SLOTS["q_bias"]),
             qk_norm=source.has(SLOTS["q_norm"]),
             tied_head=tied,
+            shift=self.shift,
         )
         for key, what, found in (
             ("attention_bias", "biases on q, k and v", shape.qkv_bias),

@@ -34,6 +34,7 @@ TARGETS = ("8.9", "12.0")
 HALF = [
     *((variant, dtype) for variant in ("plain", "gqa", "bias", "tied") for dtype in ("float16", "bfloat16")),
     ("qk_norm", "bfloat16"),
+    ("dream", "bfloat16"),
 ]
 
 
