@@ -6,6 +6,15 @@ from dllm_export.graphs.families.family import Family, Marks, SamplerDefaults, S
 from dllm_export.graphs.families.huggingface import HuggingFaceLayout
 from dllm_export.graphs.families.special_tokens import ReleasedTokens
 
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML with the default system turn."""
+
 LAYOUT = HuggingFaceLayout(
     family="dream",
     sampler=SamplerDefaults(
@@ -13,6 +22,7 @@ LAYOUT = HuggingFaceLayout(
     ),
     released=ReleasedTokens(title="Dream", vocab=152064, mask=151666, eos=151643, pad=151643, texts=("<|mask|>",)),
     end_of_turn="<|im_end|>",
+    chat_template=CHAT_TEMPLATE,
     shift=True,
     trained_length=2048,
 )

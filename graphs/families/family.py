@@ -122,6 +122,8 @@ class ModelConfig:
     """Width of what the time conditions the norms by; 0 where no norm is modulated."""
     logit_offset: float = 0.0
     """Added to all logits: a constant of what a model's output means."""
+    chat_template: str | None = None
+    """The family's own, where the checkpoint ships none."""
     tokenizer: str = ""
     """Whose tokenizer it is, where checkpoints of the family are published without one."""
     assumed: tuple[str, ...] = field(default=())

@@ -55,6 +55,7 @@ class HuggingFaceLayout:
     sampler: SamplerDefaults
     released: ReleasedTokens
     end_of_turn: str | None = None
+    chat_template: str | None = None
     tied_head: bool = False
     """Whether a configuration without tie_word_embeddings means a tied head."""
     rope_theta: float | None = None
@@ -74,6 +75,7 @@ class HuggingFaceLayout:
             sampler=self.sampler,
             names=NAMES,
             end_of_turn=self.end_of_turn,
+            chat_template=self.chat_template,
             assumed=(*notes, *assumed),
         )
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from dllm_export.errors import StrategyError
+from dllm_export.errors import StrategyError, UsageError
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
@@ -35,6 +35,7 @@ from dllm_export.runtime.policies import (
 )
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
+from dllm_export.runtime.transfers import TRANSFERS
 
 OpenModel = Callable[[str], DiffusionLM]
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 6, 5], [7]]
@@ -120,6 +121,42 @@ def test_a_policy_that_freezes_the_last_row_of_the_prompt_is_refused(shifted: Di
     with pytest.raises(StrategyError, match=re.escape(sentence)):
         # The likeliest first token is decided in one of the steps; until then its predictor must run.
         shifted.run(shifted.continuation(PROMPTS[:1], options), options, BlockAlone())
+
+
+# -- pairs
+SMALL: Mapping[str, CachePolicy] = {
+    **CACHES,
+    "window": WindowCache(before=1, after=0),
+    "sparse": SparseCache(keep_ratio=0.3),
+    "dkv-decode": DkvDecode(refresh_interval=0, bucket=1),
+    "dkv-greedy": DkvGreedy(nearest=1, bucket=1),
+    "shared-prefix": SharedPrefix(),
+}
+"""Settings that leave rows out of a short request."""
+
+
+@pytest.mark.parametrize("rule", TRANSFERS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_goes_with_every_rule_or_says_why_not(name: str, rule: str, shifted: DiffusionLM) -> None:
+    policy, transfer = SMALL.get(name, POLICIES[name]()), TRANSFERS[rule]()
+    foreseen = name == "dkv-greedy" and rule == "quota"
+    options = GenerationOptions(gen_length=8, block_length=4, remasking="random" if foreseen else None, seed=3)
+    request = shifted.continuation(PROMPTS[:1], options)
+    if name == "shared-prefix":
+        request = shifted.share(request, PROMPTS[0][:4], depth=2)
+    reasons = {
+        "wino": "asks a token's own row whether the token still holds, and this model predicts a token from the row before it",
+        "sedd": "reads a model's ratios of probabilities at a noise level",
+    }
+    known = rule in ("ddpm", "ddpm-cache", "origin") or foreseen
+    reason = "must know which rows a step decides" if name == "dkv-greedy" and not known else reasons.get(rule)
+    if reason is None:
+        (result,) = shifted.run(request, options, policy, transfer)
+        assert 96 not in result.tokens
+        assert len(result.tokens) == 8
+        return
+    with pytest.raises(UsageError, match=re.escape(reason)):
+        shifted.run(request, options, policy, transfer)
 
 
 @pytest.mark.parametrize("provider", ["onnxruntime", "torch"])
