@@ -14,7 +14,7 @@ from dllm_export.exporter.onnx_ops import OPSET
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pack import list_files, replacing, require_space
 from dllm_export.exporter.probe import Probe
-from dllm_export.exporter.tokenizer import write_tokenizer
+from dllm_export.exporter.tokenizer import SOURCES, write_tokenizer
 from dllm_export.exporter.weights import FOLDER, StoredWeights, write_weights
 from dllm_export.graphs import DType, graph_layers, graph_specs, has_experts, with_stages
 from dllm_export.runtime.bundle import PLACEHOLDER, Bundle, file_digest, open_bundle
@@ -61,10 +61,8 @@ def export(
         graphs = write_graphs(checkpoint, options.dtype, root)
         embedded = write_embedded(checkpoint, options.dtype, stored, root) if options.weights == "embedded" else {}
         report("graphs", steps - 1, steps)
-        tokenizer, end_of_turn = (
-            (None, None)
-            if options.no_tokenizer
-            else write_tokenizer(options.tokenizer or model, checkpoint.config, root)
+        tokenizer = (
+            None if options.no_tokenizer else write_tokenizer(options.tokenizer or model, checkpoint.config, root)
         )
         manifest = Manifest(
             format=FORMAT,
@@ -74,16 +72,16 @@ def export(
             dtype=options.dtype,
             opset=OPSET,
             shape=checkpoint.config.shape,
-            tokens=replace(checkpoint.config.tokens, end_of_turn=end_of_turn),
+            tokens=replace(checkpoint.config.tokens, end_of_turn=tokenizer.end_of_turn if tokenizer else None),
             sampler=checkpoint.config.sampler,
             weights=options.weights,
             graphs=graphs,
             embedded=embedded,
             layer_bindings=stored.layers,
             model_bindings=stored.model,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer.record if tokenizer else None,
             probe=probe.save(root),
-            assumed=checkpoint.config.assumed,
+            assumed=(*checkpoint.config.assumed, *(tokenizer.assumed if tokenizer else ())),
             source=_source_digests(model, options.tokenizer or model),
             tools=_tool_versions(),
             files=list_files(root),
@@ -152,7 +150,7 @@ def _place(root: Path, file: str, tensor: str) -> ExternalTensor:
 def _source_digests(model: Path, tokenizer: Path) -> dict[str, str]:
     files = [
         model / "config.json",
-        *(tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+        *(tokenizer / name for name in SOURCES),
         *(model / f"{stem}.index.json" for stem in ("model.safetensors", "pytorch_model.bin")),
     ]
     return {file.name: file_digest(file) for file in files if file.is_file()}

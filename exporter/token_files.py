@@ -31,6 +31,8 @@ def read_vocabulary(directory: Path) -> dict[str, int]:
     for entry in file.get("added_tokens") or []:
         if isinstance(entry, dict) and isinstance(entry.get("id"), int):
             vocabulary[token_text(entry)] = entry["id"]
+    older = read_optional(directory / "added_tokens.json")
+    vocabulary |= {text: number for text, number in older.items() if isinstance(number, int)}
     added = read_optional(directory / "tokenizer_config.json").get("added_tokens_decoder")
     for number, entry in added.items() if isinstance(added, dict) else ():
         if number.isdecimal():

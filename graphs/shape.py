@@ -81,6 +81,8 @@ class ModelShape:
     """Width of what the time conditions norms and gates by in every step; 0 where a model does not see the time."""
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
+    shift: bool = False
+    """The logits of a row are those of the next token, as in a model made from an autoregressive one; else of its own."""
     indicator_rank: int = 0
     """Width of the change indicator that an export prepared for `layer_indicated`; 0 for a bundle without."""
 

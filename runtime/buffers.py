@@ -21,6 +21,19 @@ class RequestShape:
     batch: int
     prompt_rows: int
     response_rows: int
+    shift: bool = False
+    """Whether a row's logits are those of the next token."""
+
+    @property
+    def lead(self) -> int:
+        """Prompt rows that predict into the response: the last one with a shift, if there is one."""
+        return int(self.shift and self.prompt_rows > 0)
+
+    @property
+    def led(self) -> RequestShape:
+        """The same rows as a pass sees them: what predicts into the response is alive with it, as its first row."""
+        prompt, response = self.prompt_rows - self.lead, self.response_rows + self.lead
+        return RequestShape(batch=self.batch, prompt_rows=prompt, response_rows=response)
 
     @property
     def length(self) -> int:

@@ -14,10 +14,11 @@ from dllm_export.runtime.clock import Clock
 from dllm_export.runtime.head import DRAWN, MOVED, Candidates, Head, bucket
 from dllm_export.runtime.options import GenerationOptions, SettledOptions
 from dllm_export.runtime.request import Request
-from dllm_export.runtime.sampler import Proposal, propose, rank, share
+from dllm_export.runtime.sampler import Proposal, propose, rank, share, temper
 from dllm_export.runtime.session import Buffer
 from dllm_export.runtime.transfers.contract import choose_rows
 from dllm_export.runtime.transfers.ddpm import Ddpm
+from dllm_export.runtime.transfers.origin import Origin
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.transfer import Transfer, TransferState, best_first
 
@@ -44,6 +45,7 @@ class Decoder:
         self._head, self._special, self._request = head, special, request
         self._options, self._transfer, self._clock = options, transfer, clock
         batch = request.shape.batch
+        self._predictors = request.predictors
         self.canvas: NDArray[np.int32] = request.canvas.copy()
         self.confidence = np.full((batch, request.shape.response_rows), np.nan)  # of the rows decided so far
         self._asked = self.masked(request.shape.response_rows)
@@ -85,7 +87,7 @@ class Decoder:
             return None
         upcoming = np.zeros(masked.shape, np.bool_)
         for sequence, row in enumerate(masked):
-            if isinstance(self._transfer, Ddpm):
+            if isinstance(self._transfer, Ddpm | Origin):
                 assert self._draws is not None, "drawn above"
                 steps = self._request.schedule.steps_per_block
                 chosen = self._transfer.reveal(self._draws[sequence], block_step, steps)
@@ -122,7 +124,7 @@ class Decoder:
         masked = self.masked(span[1])
         committed = np.zeros(masked.shape, np.bool_)
         draws = self._draws
-        if self._upcoming is not None and self._transfer.head == "head_drawn":
+        if self._upcoming is not None and self._transfer.draws:
             # The rows are known, so that the head need not look at others, nor random numbers be spent on them.
             draws = [draw[self._upcoming[n, masked[n]]] for n, draw in enumerate(draws)] if draws else None
             masked &= self._upcoming
@@ -132,7 +134,7 @@ class Decoder:
         index = np.zeros((len(counts), bucket(int(counts.max()), length)), np.int32)
         rows = [np.flatnonzero(mask) for mask in masked]
         for sequence, places in enumerate(rows):
-            index[sequence, : len(places)] = places
+            index[sequence, : len(places)] = self._predictors[sequence, places]
         greedy = self._transfer.is_greedy(block_step, self._request.schedule.steps_per_block)
         temperature = 0.0 if greedy else self._options.temperature
         candidates = self._evidence(hidden, index, rows, span, block_step, temperature)
@@ -141,19 +143,29 @@ class Decoder:
         ranked = self._candidates(hidden, index, self._banned | last) if last else candidates
         for sequence, places in enumerate(rows):
             rng = self._rngs[sequence]
+            tempered = self._temper(candidates, sequence, len(places), temperature)
             proposal = propose(
                 candidates,
                 sequence,
                 len(places),
                 temperature=temperature,
                 rng=rng,
+                tempered=tempered,
                 ranking_logsumexp=ranked.logsumexp,
                 ranked_last=last,
             )
             if not len(places):
                 continue
             order = self._orders[sequence] if self._orders else None
-            ranking = rank(self._options.remasking, ranked, sequence, proposal, order=order, ranked_last=last)
+            ranking = rank(
+                self._options.remasking,
+                ranked,
+                sequence,
+                proposal,
+                order=order,
+                tempered=tempered if self._transfer.tempered else None,
+                ranked_last=last,
+            )
             decided = self._decided(sequence, span)
             state = TransferState(
                 quota=int(quota[sequence]),
@@ -177,6 +189,16 @@ class Decoder:
             )
             committed[sequence] = self._commit(sequence, state, proposal)
         return committed | self._fill_after_end() if self._options.early_stop else committed
+
+    def _temper(
+        self, candidates: Candidates, sequence: int, count: int, temperature: float
+    ) -> NDArray[np.float64] | None:
+        """What tokens are drawn from, if it is not the head's own distribution and somebody looks at it."""
+        options = self._options
+        filtered = options.top_p < 1 or options.top_k is not None
+        if not filtered and (not self._transfer.tempered or temperature in (0.0, 1.0)):
+            return None
+        return temper(candidates, sequence, count, temperature=temperature, top_p=options.top_p, top_k=options.top_k)
 
     def _commit(self, sequence: int, state: TransferState, proposal: Proposal) -> NDArray[np.bool_]:
         """Write the rule's choice to the canvas; which rows it committed [R]."""
@@ -242,11 +264,14 @@ class Decoder:
         if graph in ("head", "head_drawn"):
             return self._candidates(hidden, index, self._banned)
         start, end = span
-        block = np.tile(np.arange(start, end, dtype=np.int32), (len(index), 1))
+        block = np.ascontiguousarray(self._predictors[:, start:end])
         numbers = self._transfer.head_inputs(block_step)
         self._clock.time(self._head.prepare_state(graph, hidden, block, self._banned, numbers))
         read = self._clock.time(lambda: self._head.read(end - start, *(MOVED if graph == "head_tracked" else ())))
-        return _check_finite(read.take(np.maximum(index - start, 0)))
+        places = np.zeros_like(index)
+        for sequence, own in enumerate(rows):
+            places[sequence, : len(own)] = own - start
+        return _check_finite(read.take(places))
 
     def _draw_tokens(
         self, hidden: Buffer, index: NDArray[np.int32], rows: list[NDArray[np.int64]], temperature: float
@@ -279,7 +304,7 @@ def _check_finite(candidates: Candidates) -> Candidates:
 
 def is_foreseen(options: GenerationOptions, transfer: Transfer) -> bool:
     """Whether what is drawn before a step runs settles which rows it decides."""
-    return isinstance(transfer, Ddpm) or (options.remasking == "random" and type(transfer) is Quota)
+    return isinstance(transfer, Ddpm | Origin) or (options.remasking == "random" and type(transfer) is Quota)
 
 
 def check_options(options: GenerationOptions, transfer: Transfer) -> None:
@@ -294,12 +319,17 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
             f"--steps has no effect with --transfer {transfer.name}, which commits as many tokens in a step as it "
             f"trusts: leave it out"
         )
-    if options.remasking != "low_confidence" and not transfer.ranks:
+    if options.remasking not in (None, "low_confidence") and not transfer.ranks:
         raise UsageError(
             f"--remasking {options.remasking} has no effect with --transfer {transfer.name}, which goes by its own formula: "
             f"leave it out, or take --transfer quota"
         )
-    if options.confidence_eos_eot_inf and transfer.head == "head_drawn":
+    if transfer.head == "head_drawn" and (options.top_k is not None or (options.top_p or 1.0) < 1):
+        raise UsageError(
+            f"--top-p and --top-k have no effect with --transfer {transfer.name}, which draws from the whole vocabulary: leave "
+            f"them out"
+        )
+    if options.confidence_eos_eot_inf and transfer.draws and not transfer.ranks:
         raise UsageError(
             f"--confidence-eos-eot-inf has no effect with --transfer {transfer.name}, which decides rows whatever they "
             f"propose: leave it out"
@@ -313,6 +343,11 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
         raise UsageError(
             f"--cfg-scale does not go with --transfer {transfer.name}, which asks the conditional pass alone whether decided "
             f"tokens still hold: leave it out"
+        )
+    if options.confidence_eos_eot_inf and transfer.tempered:
+        raise UsageError(
+            f"--confidence-eos-eot-inf does not go with --transfer {transfer.name}, which ranks the distribution that tokens "
+            f"are drawn from: leave it out"
         )
     if options.early_stop and transfer.remasks:
         raise UsageError(

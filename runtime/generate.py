@@ -60,8 +60,8 @@ class Workspace:
     def __init__(self, session: Session, shape: ModelShape, request: RequestShape) -> None:
         self.request = request
         self.conditioner = Conditioner(session, shape, request.batch)
-        self.conditional = Trunk(session, shape, request, self.conditioner.inputs)
-        self.head = Head(session, shape, request, self.conditioner.inputs)
+        self.conditional = Trunk(session, shape, request.led, self.conditioner.inputs)
+        self.head = Head(session, shape, request.led, self.conditioner.inputs)
         self._unconditional: Trunk | None = None
         self._shadow: Shadow | None = None
         self._session, self._shape = session, shape
@@ -70,14 +70,14 @@ class Workspace:
     def unconditional(self) -> Trunk:
         """The second pass of classifier-free guidance, with caches of its own."""
         if self._unconditional is None:
-            self._unconditional = Trunk(self._session, self._shape, self.request, self.conditioner.inputs)
+            self._unconditional = Trunk(self._session, self._shape, self.request.led, self.conditioner.inputs)
         return self._unconditional
 
     @property
     def shadow(self) -> Shadow:
         """The shadow rows of decoding rules that verify."""
         if self._shadow is None:
-            self._shadow = Shadow(self._session, self._shape, self.request)
+            self._shadow = Shadow(self._session, self._shape, self.request.led)
         return self._shadow
 
 
@@ -118,7 +118,7 @@ class Denoiser:
     _decoder: Decoder = field(init=False)
     _given: NDArray[np.bool_] = field(init=False)
     _upcoming: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step will decide
-    _residual: NDArray[np.bool_] = field(init=False)  # [B, R] rows that the guidance residual was computed for
+    _residual: NDArray[np.bool_] = field(init=False)  # [B, R] rows that the guidance residual was computed for, led
     _clock: Clock = field(init=False, default_factory=Clock)
     _passes: int = field(init=False, default=0)
     _conditional: Passes = field(init=False, default_factory=Passes)
@@ -129,7 +129,7 @@ class Denoiser:
         check_model(self.shape, self.transfer)
         request = self.request
         self._decoder = Decoder(self.workspace.head, self.special, request, self.options, self.transfer, self._clock)
-        self._residual = np.zeros((request.shape.batch, request.shape.response_rows), np.bool_)
+        self._residual = np.zeros((request.shape.batch, request.shape.led.response_rows), np.bool_)
         columns = np.arange(request.shape.length)
         visible = columns[None, :] >= request.padding[:, None]
         self._given = visible & (request.canvas != self.special.mask)
@@ -205,6 +205,7 @@ class Denoiser:
         hidden, shadow = self.workspace.conditional.hidden, self._run_shadow(plan, block)
         committed = self._decoder.decide(hidden, block, block_step, quota, shadow)
         recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
+        lead = self.request.shape.lead
         return Frame(
             step=step,
             steps=self._most_steps,
@@ -213,7 +214,7 @@ class Denoiser:
             tokens=self._decoder.response.copy(),
             committed=committed,
             confidence=self._decoder.confidence.copy(),
-            recomputed=recomputed,
+            recomputed=None if recomputed is None else recomputed[:, lead:],
             passes=self._passes,
             engine_seconds=self._clock.seconds - before,
             seconds=time.perf_counter() - start,
@@ -230,7 +231,7 @@ class Denoiser:
     def _forward(self, step: int, block: int) -> StepPlan:
         state, plan = self._run_trunk(self.workspace.conditional, self._conditional, self._decoder.canvas, block)
         due = (step - 1) % self.options.cfg_interval == 0 or step <= GUIDANCE_WARMUP
-        missing = state.candidates & ~self._residual
+        missing = state.needed & ~self._residual
         if self._guided and (due or missing.any()):
             _, other = self._run_trunk(self.workspace.unconditional, self._unconditional, self._blank(), block)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
@@ -253,8 +254,8 @@ class Denoiser:
         return shadow.hidden
 
     def _alive(self, plan: StepPlan) -> NDArray[np.bool_]:
-        """Response rows [B, R] whose hidden rows mean something after a step of this plan."""
-        request = self.request.shape
+        """Response rows [B, R], led, whose hidden rows mean something after a step of this plan."""
+        request = self.request.shape.led
         everything = np.ones((request.batch, request.length), np.bool_)
         return (plan.rows.mask(request.length) if plan.rows else everything)[:, request.prompt_rows :]
 
@@ -280,9 +281,10 @@ class Denoiser:
 
     def _state(self, passes: Passes) -> StepState:
         request, length = self.request.shape, self.request.schedule.block_length
-        masked = self._decoder.masked(request.response_rows)
+        masked = self._led(self._decoder.masked(request.response_rows))
         before = masked if passes.masked is None else passes.masked
-        for array in (masked, before, passes.drift, self._upcoming):
+        upcoming = None if self._upcoming is None else self._led(self._upcoming)
+        for array in (masked, before, passes.drift, upcoming):
             if array is not None:
                 array.setflags(write=False)
         start = request.prompt_rows + passes.block * length
@@ -291,17 +293,22 @@ class Denoiser:
             block_step=passes.block_step,
             block=(start, start + length),
             layers=self.shape.layers,
-            prompt_rows=request.prompt_rows,
-            response_rows=request.response_rows,
+            prompt_rows=request.led.prompt_rows,
+            response_rows=request.led.response_rows,
             padding=tuple(self.request.padding.tolist()),
+            shift=request.shift,
             masked=masked,
             masked_before=before,
             compacted=passes.compacted,
             drift=passes.drift,
             indicator_rank=self.shape.indicator_rank,
-            upcoming=self._upcoming,
+            upcoming=upcoming,
             prefix=passes.sharing.look() if passes.sharing is not None else None,
         )
+
+    def _led(self, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Masks of response rows [B, R] with those of the rows that lead it, which are given."""
+        return np.pad(rows, ((0, 0), (self.request.shape.lead, 0)))
 
 
 def check_model(shape: ModelShape, transfer: Transfer) -> None:
@@ -310,6 +317,11 @@ def check_model(shape: ModelShape, transfer: Transfer) -> None:
         raise IncompatibleError(
             f"this model attends by blocks of {shape.block} rows, which see themselves and what lies before them; generation "
             f"here lets all rows see all: only the bundle's graphs and weights can be used and verified"
+        )
+    if shape.shift and transfer.verifies:
+        raise UsageError(
+            f"--transfer {transfer.name} asks a token's own row whether the token still holds, and this model predicts a token "
+            f"from the row before it: take another rule"
         )
     if bool(shape.conditioning) == transfer.sees_noise:
         return
@@ -329,5 +341,6 @@ def check_strategies(options: GenerationOptions, policy: CachePolicy, transfer: 
     if getattr(policy, "needs_upcoming", False) and not is_foreseen(options, transfer):
         raise UsageError(
             f"--policy {policy.name} must know which rows a step decides before the step runs, which takes --remasking "
-            f"random and --transfer quota, or --transfer ddpm or ddpm-cache; these are {options.remasking} and {transfer.name}"
+            f"random and --transfer quota, or --transfer ddpm, ddpm-cache or origin; these are "
+            f"{options.remasking or 'low_confidence'} and {transfer.name}"
         )

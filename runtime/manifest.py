@@ -99,7 +99,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shape: ModelShape
     tokens: SpecialTokens
     sampler: SamplerDefaults
-    shift: Literal["none"] = "none"
     topology: Literal["full"] = "full"
     weights: Literal["bound", "embedded"]
     graphs: dict[str, GraphRecord]

@@ -112,7 +112,7 @@ class DiffusionLM:
         sampler = self.bundle.manifest.sampler
         rule = find_transfer(sampler.transfer)() if transfer is None else transfer
         check_options(options, rule)
-        return options.settle(sampler), rule
+        return options.settle(sampler, ranks=rule.ranks, filters=rule.head != "head_drawn"), rule
 
     def share(
         self,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from dllm_export.errors import UsageError
+from dllm_export.graphs import TOP_TOKENS
 from dllm_export.graphs.families import Remasking, SamplerDefaults
 
 OPTION_TYPES: tuple[type, ...] = (int, float, str, bool, Path)
@@ -38,11 +39,16 @@ class GenerationOptions:
     temperature: float | None = option(
         None, "0 takes the most likely token; above 0 samples (seeded); default: the family's own"
     )
+    top_p: float | None = option(
+        None, "sample among the likeliest tokens that have this probability together; 1: all; default: the family's own"
+    )
+    top_k: int | None = option(None, "sample among this many likeliest tokens")
     cfg_scale: float = option(0.0, "classifier-free guidance scale; above 0 runs a second, unconditional pass")
     cfg_interval: int = option(1, "steps between refreshes of the guidance residual (always fresh in steps 1 to 5)")
-    remasking: Remasking = option(  # noqa: RUF009 (a field declaration; the rule knows it only from other files)
-        "low_confidence",
-        "which candidates go first: the surest, any, those furthest ahead of their second token, or of least entropy",
+    remasking: Remasking | None = option(  # noqa: RUF009 (a field declaration; the rule knows it only from other files)
+        None,
+        "which candidates go first: the surest, any, those furthest ahead of their second token, or of least entropy; "
+        "default: the family's own",
         choices=get_args(Remasking),
     )
     logits_eos_inf: bool = option(False, "never choose the end-of-text token")
@@ -53,21 +59,30 @@ class GenerationOptions:
     seed: int = option(0, "sequence i of a batch draws from seed + i")
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "steps", "gen_length", "block_length", "cfg_interval")
+        require_at_least(self, 1, "steps", "gen_length", "block_length", "cfg_interval", "top_k")
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
                 raise UsageError(f"{flag(name)} is {value}, expected a number from 0 up")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}, expected 0 or more")
-        if self.remasking not in get_args(Remasking):
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise UsageError(f"--top-p is {self.top_p}, expected a probability above 0 and up to 1")
+        if self.top_k is not None and self.top_k > TOP_TOKENS:
+            raise UsageError(f"--top-k is {self.top_k}, expected at most {TOP_TOKENS}, the tokens that a head returns")
+        if self.remasking not in (None, *get_args(Remasking)):
             raise UsageError(f"--remasking is {self.remasking!r}, expected one of: {', '.join(get_args(Remasking))}")
 
-    def settle(self, sampler: SamplerDefaults) -> SettledOptions:
-        """The same with the family's defaults filled in."""
+    def settle(self, sampler: SamplerDefaults, *, ranks: bool, filters: bool) -> SettledOptions:
+        """The same with the family's defaults filled in, but not those that a rule would ignore which does not rank rows, or
+        does not filter tokens."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        temperature = sampler.temperature if self.temperature is None else self.temperature
-        return SettledOptions(**{**values, "temperature": temperature})
+        filled = {
+            "temperature": sampler.temperature if self.temperature is None else self.temperature,
+            "top_p": self.top_p or (sampler.top_p if filters else 1.0),
+            "remasking": self.remasking or (sampler.remasking if ranks else "low_confidence"),
+        }
+        return SettledOptions(**{**values, **filled})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +90,8 @@ class SettledOptions(GenerationOptions):
     """Options with every default of the family filled in."""
 
     temperature: float
+    top_p: float
+    remasking: Remasking
 
 
 def require_at_least(options: object, least: int, *names: str) -> None:

@@ -37,6 +37,19 @@ class Request:
     """Whether masks were given in a text rather than appended to a prompt."""
     prefix: Prefix | None = None
 
+    @property
+    def predictors(self) -> NDArray[np.int32]:
+        """For every response row the place, in what is alive with the response, of the row that predicts it [B, R].
+
+        That is the row itself, or with a shift the one before it; the first row of a sequence then predicts itself too.
+        """
+        shape, places = self.shape, np.arange(self.shape.response_rows, dtype=np.int32)
+        if not shape.shift:
+            return np.tile(places, (shape.batch, 1))
+        first = np.maximum(self.padding - shape.led.prompt_rows, 0).astype(np.int32)
+        rows: NDArray[np.int32] = np.maximum(places[None, :] + np.int32(shape.lead - 1), first[:, None])
+        return rows
+
 
 def continuation(
     prompts: Sequence[Sequence[int]],
@@ -105,7 +118,10 @@ def make_request(
         canvas[row, width - len(ids) :] = ids
     padding = np.array([width - len(ids) for ids in canvases], np.int64)
     request = RequestShape(
-        batch=len(canvases), prompt_rows=width - schedule.gen_length, response_rows=schedule.gen_length
+        batch=len(canvases),
+        prompt_rows=width - schedule.gen_length,
+        response_rows=schedule.gen_length,
+        shift=shape.shift,
     )
     return Request(canvas, padding, request, schedule)
 
@@ -123,6 +139,11 @@ def share_prefix(request: Request, tokens: Sequence[int], depth: int, layers: in
             raise UsageError(
                 f"the prefix of --prefix-file is {len(tokens)} tokens long, longer than prompt {number}, which has "
                 f"{len(prompt)} before its first mask: share a shorter one"
+            )
+        if len(tokens) > len(prompt) - request.shape.lead:
+            raise UsageError(
+                f"the prefix of --prefix-file is all of prompt {number}, whose last token this model needs fresh in every "
+                f"step, because it predicts the next one: share at least one token less"
             )
         different = np.flatnonzero(prompt[: len(tokens)] != wanted)
         if len(different):

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from dllm_export.graphs.families import Remasking
 from dllm_export.runtime.head import Candidates
 
+ENTROPY_EPS = 1e-10
+"""Added to probabilities before their logarithm, as published (arXiv 2508.15487)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -21,6 +24,32 @@ class Proposal:
 
     tokens: NDArray[np.int32]  # [n]
     confidence: NDArray[np.float64]  # [n]
+    choice: NDArray[np.int64]  # [n] place of the token among the most likely ones; 0 where the head drew it
+
+
+def temper(
+    candidates: Candidates, sequence: int, count: int, *, temperature: float, top_p: float, top_k: int | None
+) -> NDArray[np.float64]:
+    """Log-probabilities [n, K] of the distribution that tokens are drawn from; -inf for those that are left out.
+
+    Softmax of logits / temperature (as they are at 0), of which the likeliest tokens stay up to the first that brings their sum
+    above `top_p`, and of these the `top_k` likeliest. Only the K tokens that the head returned are known: at temperatures 0
+    and 1 their probabilities are exact, at others they are normalised over these K (docs/policies.md).
+    """
+    logits = candidates.top_logits[sequence, :count].astype(np.float64)
+    scaled = logits / temperature if temperature > 0 else logits
+    total = candidates.logsumexp[sequence, :count, None].astype(np.float64)
+    if temperature not in (0.0, 1.0):
+        total = np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+    kept = np.ones(scaled.shape, np.bool_)
+    if top_p < 1:
+        kept[:, 1:] = np.cumsum(np.exp(scaled - total), axis=1)[:, :-1] <= top_p
+    if top_k is not None and top_k < scaled.shape[1]:
+        kept &= scaled >= scaled[:, top_k - 1 : top_k]
+    left = np.where(kept, scaled, -np.inf)
+    if top_p < 1 or top_k is not None:
+        total = np.logaddexp.reduce(left, axis=1, keepdims=True)
+    return left - total
 
 
 def propose(
@@ -30,14 +59,16 @@ def propose(
     *,
     temperature: float,
     rng: np.random.Generator,
+    tempered: NDArray[np.float64] | None = None,
     ranking_logsumexp: NDArray[np.float32] | None = None,
     ranked_last: frozenset[int] = frozenset(),
 ) -> Proposal:
     """Token choice and softmax confidence of the first `count` candidates of a sequence.
 
     Temperature T > 0 takes argmax(logit - T log(-log u)) in float64, which samples from softmax(logit / T) over the
-    tokens the head returned. `ranking_logsumexp` [B, Q] normalises the confidence instead of the head's own, and
-    `ranked_last` tokens get confidence 0: the end-of-text option.
+    tokens the head returned, or over those of them that `tempered` [n, K] leaves.
+    `ranking_logsumexp` [B, Q] normalises the confidence instead of the head's own, and `ranked_last` tokens get
+    confidence 0: the end-of-text option.
     """
     tokens = candidates.top_tokens[sequence, :count]
     logits = candidates.top_logits[sequence, :count].astype(np.float64)
@@ -45,7 +76,8 @@ def propose(
         return _propose_drawn(candidates, sequence, count)
     if temperature > 0:
         noise = rng.random(logits.shape)
-        choice = np.argmax(logits - temperature * np.log(-np.log(np.maximum(noise, np.finfo(np.float64).tiny))), axis=1)
+        scores = logits if tempered is None else np.where(np.isfinite(tempered), logits, -np.inf)
+        choice = np.argmax(scores - temperature * np.log(-np.log(np.maximum(noise, np.finfo(np.float64).tiny))), axis=1)
     else:
         choice = np.zeros(count, np.int64)
     rows = np.arange(count)
@@ -54,7 +86,7 @@ def propose(
     confidence = np.exp(logits[rows, choice] - total.astype(np.float64))
     if ranked_last:
         confidence[np.isin(chosen, list(ranked_last))] = 0.0
-    return Proposal(chosen, confidence)
+    return Proposal(chosen, confidence, choice)
 
 
 def _propose_drawn(candidates: Candidates, sequence: int, count: int) -> Proposal:
@@ -63,7 +95,7 @@ def _propose_drawn(candidates: Candidates, sequence: int, count: int) -> Proposa
     assert candidates.drawn_logit is not None
     logits = candidates.drawn_logit[sequence, :count].astype(np.float64)
     confidence = np.exp(logits - candidates.logsumexp[sequence, :count].astype(np.float64))
-    return Proposal(candidates.drawn[sequence, :count], confidence)
+    return Proposal(candidates.drawn[sequence, :count], confidence, np.zeros(count, np.int64))
 
 
 def rank(
@@ -73,16 +105,19 @@ def rank(
     proposal: Proposal,
     *,
     order: NDArray[np.float64] | None = None,
+    tempered: NDArray[np.float64] | None = None,
     ranked_last: frozenset[int] = frozenset(),
 ) -> NDArray[np.float64]:
     """What `--remasking` ranks the rows of a proposal by [n], larger first; `order` [n] is the random one, if drawn.
 
     Gap (p_1 - p_2) and entropy are Dream's orders `topk_margin` and `entropy` (arXiv 2508.15487), both of the noise-free
-    distribution of `candidates`; rows that propose a `ranked_last` token come after all others.
+    distribution of `candidates`, or of `tempered` [n, K]; rows that propose a `ranked_last` token come after all others.
     """
     count = len(proposal.tokens)
     if order is not None:
         return order
+    if tempered is not None:
+        return _rank_tempered(remasking, tempered, proposal)
     if remasking == "low_confidence":
         return proposal.confidence
     if remasking == "margin":
@@ -91,6 +126,18 @@ def rank(
         ranking = -candidates.entropy[sequence, :count].astype(np.float64)
     ranking[np.isin(proposal.tokens, list(ranked_last))] = -np.inf
     return ranking
+
+
+def _rank_tempered(remasking: Remasking, tempered: NDArray[np.float64], proposal: Proposal) -> NDArray[np.float64]:
+    probability = np.exp(tempered)
+    if remasking == "low_confidence":
+        chosen: NDArray[np.float64] = probability[np.arange(len(probability)), proposal.choice]
+        return chosen
+    if remasking == "margin":
+        gap: NDArray[np.float64] = probability[:, 0] - probability[:, 1]
+        return gap
+    certainty: NDArray[np.float64] = np.sum(probability * np.log(probability + ENTROPY_EPS), axis=1)
+    return certainty
 
 
 def share(candidates: Candidates, sequence: int, count: int, place: int) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Blocks and commit counts: pure integers. Source: the published LLaDA sampling loop (arXiv 2502.09992)."""
+"""Blocks and commit counts. Sources: the published sampling loops of LLaDA (arXiv 2502.09992) and Dream (2508.15487)."""
 
 from __future__ import annotations
 
@@ -54,3 +54,19 @@ def commit_counts(masks: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
     """Masks per sequence [B] -> tokens to commit per step [B, steps]: split evenly, the remainder to the first steps."""
     base, remainder = masks // steps, masks % steps
     return base[:, None] + (np.arange(steps)[None, :] < remainder[:, None])
+
+
+def reveal_share(step: int, steps: int, eps: float) -> np.float32:
+    """The share of its masks that a step reveals: 1 - t_step / t_(step - 1), with times that fall evenly from 1 to eps.
+
+    In float32, as published: where a share of the masks is nearly a whole number, the rounding decides. So times are counted
+    from the nearer end, as torch.linspace does.
+    """
+    first, last = np.float32(1.0), np.float32(eps)
+    fall = (last - first) / np.float32(steps)
+    before, after = (
+        first + fall * np.float32(place) if 2 * place < steps + 1 else last - fall * np.float32(steps - place)
+        for place in (step - 1, step)
+    )
+    share: np.float32 = 1.0 - after / before
+    return share

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import settings
@@ -44,9 +46,10 @@ VARIANTS = {
     "bias": replace(TINY, layers=2, qkv_bias=True),
     "tied": replace(TINY, layers=2, tied_head=True),
     "qk_norm": replace(TINY, layers=2, kv_heads=2, head_dim=20, qk_norm=True, rope_float32=False),
+    "dream": replace(TINY, layers=3, kv_heads=2, qkv_bias=True, rope_float32=False, shift=True),
 }
 """Shapes by name; the mask token is 96 and the end-of-text token 95."""
-LAYOUTS = {"qk_norm": "a2d-qwen3"}
+LAYOUTS = {"qk_norm": "a2d-qwen3", "dream": "dream"}
 """Families of the variants that LLaDA's layout cannot hold."""
 
 OpenModel = Callable[[str], DiffusionLM]
@@ -104,13 +107,21 @@ def tiny_bundle(tiny_bundles: dict[str, Bundle]) -> Bundle:
 def open_model(tiny_bundle: Bundle) -> Iterator[OpenModel]:
     """A DiffusionLM on the tiny bundle by provider: onnxruntime, torch, or float64 for torch in double precision."""
     with ExitStack() as stack:
+        yield partial(open_on, stack, tiny_bundle)
 
-        def open_one(provider: str) -> DiffusionLM:
-            options = SessionOptions(provider="torch" if provider == "float64" else provider, threads=1)
-            if provider == "float64":
-                return stack.enter_context(
-                    DiffusionLM(tiny_bundle, TorchSession(tiny_bundle, options, dtype="float64"))
-                )
-            return stack.enter_context(DiffusionLM(tiny_bundle, open_session(tiny_bundle, options)))
 
-        yield open_one
+@pytest.fixture(scope="session")
+def open_shifted(tiny_bundle: Bundle) -> Iterator[OpenModel]:
+    """The same weights, read as a model whose rows predict the next token."""
+    shape = replace(tiny_bundle.manifest.shape, shift=True)
+    bundle = replace(tiny_bundle, manifest=msgspec.structs.replace(tiny_bundle.manifest, shape=shape))
+    with ExitStack() as stack:
+        yield partial(open_on, stack, bundle)
+
+
+def open_on(stack: ExitStack, bundle: Bundle, provider: str) -> DiffusionLM:
+    """A DiffusionLM that is closed with the stack."""
+    options = SessionOptions(provider="torch" if provider == "float64" else provider, threads=1)
+    if provider == "float64":
+        return stack.enter_context(DiffusionLM(bundle, TorchSession(bundle, options, dtype="float64")))
+    return stack.enter_context(DiffusionLM(bundle, open_session(bundle, options)))

@@ -137,7 +137,7 @@ def test_the_reduced_state_gives_the_logits_of_the_four_feature_formulation(
     assert max(difference_per_step(model, CASES[name], four_feature(model, CASES[name]), ours)) < EXACT
 
 
-@pytest.mark.parametrize("variant", ["gqa", "bias", "tied", "qk_norm"])
+@pytest.mark.parametrize("variant", ["gqa", "bias", "tied", "qk_norm", "dream"])
 def test_the_reduced_state_is_exact_for_every_flag_of_the_layer(
     variant: str, tiny_bundles: dict[str, Bundle], tiny_eager: dict[str, EagerModel]
 ) -> None:
@@ -196,7 +196,7 @@ def test_another_schedule_is_seen(
 
 
 # -- equalities between policies
-@pytest.mark.parametrize("variant", ["plain", "gqa", "bias", "tied", "qk_norm"])
+@pytest.mark.parametrize("variant", ["plain", "gqa", "bias", "tied", "qk_norm", "dream"])
 def test_without_a_cache_the_graphs_give_the_logits_of_the_published_model(
     variant: str, tiny_bundles: dict[str, Bundle], tiny_eager: dict[str, EagerModel]
 ) -> None:

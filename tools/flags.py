@@ -137,7 +137,8 @@ def strategy_flags(command: Callable[..., object]) -> Callable[..., object]:
         strategies=installed.transfers,
         default=None,
         section="Decoding rule",
-        help="which tokens a step decides; quota, ddpm and sedd keep to --steps, the others decide as many as they trust; "
+        help="which tokens a step decides; quota, dream, origin, ddpm and sedd keep to --steps, the others decide as many as "
+        "they trust; "
         "default: the family's own",
     )
     decorated: Callable[..., object] = choice_flags(policy)(choice_flags(transfer)(command))

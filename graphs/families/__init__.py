@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dllm_export.graphs.families.a2d import A2D
 from dllm_export.graphs.families.bd3lm import BD3LM
 from dllm_export.graphs.families.detection import find_family, refuse_files
+from dllm_export.graphs.families.dream import DREAM
 from dllm_export.graphs.families.family import (
     BIAS_SLOTS,
     LAYER_SLOTS,
@@ -34,7 +35,7 @@ from dllm_export.graphs.families.sdar_moe import SDAR_MOE
 from dllm_export.graphs.families.sedd import SEDD
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLADA, ILLADA, *A2D, LLADA_MOE, LLADA2, SDAR_MOE, MDLM, BD3LM, SEDD)
+    family.name: family for family in (LLADA, ILLADA, DREAM, *A2D, LLADA_MOE, LLADA2, SDAR_MOE, MDLM, BD3LM, SEDD)
 }
 """Families that can be exported."""
 

@@ -93,6 +93,9 @@ class SamplerDefaults:
     gen_length: int
     block_length: int
     temperature: float = 0.0
+    top_p: float = 1.0
+    remasking: Remasking = "low_confidence"
+    """The ranking of rules that rank."""
     transfer: str = "quota"
     """Name of the decoding rule, which then has its own default settings."""
 
@@ -140,6 +143,8 @@ class ModelConfig:
     """Width of what the time conditions the norms by; 0 where no norm is modulated."""
     logit_offset: float = 0.0
     """Added to all logits: a constant of what a model's output means."""
+    chat_template: str | None = None
+    """The family's own, where the checkpoint ships none."""
     tokenizer: str = ""
     """Whose tokenizer it is, where checkpoints of the family are published without one."""
     assumed: tuple[str, ...] = field(default=())

@@ -64,10 +64,12 @@ class HuggingFaceLayout:
     sampler: SamplerDefaults
     released: ReleasedTokens
     end_of_turn: str | None = None
+    chat_template: str | None = None
     tied_head: bool = False
     """Whether a configuration without tie_word_embeddings means a tied head."""
     rope_theta: float | None = None
     """Base of the rotation where the configuration states none; None refuses such a configuration."""
+    shift: bool = False
     trained_length: int | None = None
     """Longest sequence that was trained, where max_position_embeddings says more."""
     names: TensorNames = NAMES
@@ -90,6 +92,7 @@ class HuggingFaceLayout:
             sampler=self.sampler,
             names=self.names,
             end_of_turn=self.end_of_turn,
+            chat_template=self.chat_template,
             assumed=(*notes, *assumed),
         )
 
@@ -150,6 +153,7 @@ class HuggingFaceLayout:
             qkv_bias=self._has(source, "q_bias"),
             qk_norm=self._has(source, "q_norm"),
             tied_head=tied,
+            shift=self.shift,
         )
         for key, what, found in (
             ("attention_bias", "biases on q, k and v", shape.qkv_bias),

@@ -167,8 +167,8 @@ def _find_reach_fault(plan: StepPlan, rows: Rows, state: StepState) -> str | Non
             return f"layer {number} runs {layer.graph}, expected layer_full from the layer on where the prefix joins"
     if plan.reference is not None or plan.measure_drift:
         return "chosen rows keep no reference and measure no drift: that takes the whole response alive"
-    candidates = state.candidates
-    needed, what = (np.ones_like(candidates), "keeps its delta") if plan.keep_delta else (candidates, "may be decided")
+    decides = "predicts what may be decided" if state.shift else "may be decided"
+    needed, what = (np.ones_like(state.needed), "keeps its delta") if plan.keep_delta else (state.needed, decides)
     missing = np.argwhere(needed & ~rows.mask(state.length)[:, state.prompt_rows :])
     if len(missing):
         sequence, row = missing[0]

@@ -29,4 +29,5 @@ class DkvDecode:
         if state.block_step == 2 or state.is_refresh(self.refresh_interval):
             return StepPlan.refresh(state, keep_delta=False)
         chosen = state.masked_before | state.masked
+        chosen = chosen | state.predicting(chosen)
         return StepPlan.recompute(state, Rows.padded(chosen, state.prompt_rows, self.bucket))

@@ -34,7 +34,7 @@ class DkvGreedy:
             return StepPlan.refresh(state, keep_delta=False)
         upcoming = state.upcoming
         assert upcoming is not None, "promised to a policy that needs it"
-        chosen = upcoming | (state.masked_before & ~state.masked)
+        chosen = upcoming | state.predicting(upcoming) | (state.masked_before & ~state.masked)
         for row, decides, masked in zip(chosen, upcoming, state.masked, strict=True):
             row[find_nearest(decides, masked & ~decides, self.nearest)] = True
         return StepPlan.recompute(state, Rows.padded(chosen, state.prompt_rows, self.bucket))

@@ -41,6 +41,8 @@ BUCKET = "counts of rows are raised to a multiple of this, so that few sizes occ
 class StepState:
     """What a policy may look at. Rows before `prompt_rows` are given text; the response is the rest.
 
+    With a shift the last row of the prompt predicts into the response and is counted as its first row, decided from the start.
+
     Steps are counted per pass: the unconditional pass of guidance has caches, and so a count and a history, of its own.
     """
 
@@ -55,6 +57,8 @@ class StepState:
     response_rows: int
     padding: tuple[int, ...]
     """Rows on the left of each sequence that are padding: nothing attends to them."""
+    shift: bool = False
+    """Whether a row's logits are those of the next token, so that the row before a masked one must be fresh."""
     masked: NDArray[np.bool_]  # [B, R] response rows that are undecided now
     masked_before: NDArray[np.bool_]  # [B, R] those that were at the start of the last step; `masked` in the first
     compacted: Compaction | None = None
@@ -96,6 +100,30 @@ class StepState:
             return self.upcoming
         before_end = np.arange(self.response_rows) < self.block[1] - self.prompt_rows
         return self.masked & before_end
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First position of the rows that a step of this block cannot do without, and the one after the last.
+
+        They are the block's own, whose keys change, and with a shift the one before it, which predicts the first of them.
+        """
+        return max(self.block[0] - self.shift, self.prompt_rows), self.block[1]
+
+    def predicting(self, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The rows [B, R] that predict the tokens of these [B, R]: they themselves, or with a shift those before them."""
+        if not self.shift:
+            return rows
+        predictors = np.zeros_like(rows)
+        sequences, places = np.nonzero(rows)
+        # The first row of a sequence has none before it and predicts itself.
+        first = np.maximum(np.array(self.padding) - self.prompt_rows, 0)
+        predictors[sequences, np.maximum(places - 1, first[sequences])] = True
+        return predictors
+
+    @property
+    def needed(self) -> NDArray[np.bool_]:
+        """The rows [B, R] whose hidden states this step looks at: what predicts its candidates."""
+        return self.predicting(self.candidates)
 
     @property
     def batch(self) -> int:

@@ -17,4 +17,4 @@ class PrefixCache:
     def plan(self, state: StepState) -> StepPlan:
         if state.block_step == 1:
             return StepPlan.refresh(state, keep_delta=False)
-        return StepPlan.recompute(state, Rows.span(state.block[0], state.length, state.batch))
+        return StepPlan.recompute(state, Rows.span(state.span[0], state.length, state.batch))

@@ -27,7 +27,7 @@ class SparseCache:
     def plan(self, state: StepState) -> StepPlan:
         if state.block_step == 1:
             return StepPlan.refresh(state, keep_delta=False)
-        start, end = state.block
+        start, end = state.span
         rows = Rows.span(start, end, state.batch)
         others = (max(0, start - padding) + state.length - end for padding in state.padding)
         compaction = Compaction(rows, tuple(int(count * self.keep_ratio) for count in others))

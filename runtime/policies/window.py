@@ -27,7 +27,7 @@ class WindowCache:
     def plan(self, state: StepState) -> StepPlan:
         if state.is_refresh(self.refresh_interval):
             return StepPlan.refresh(state, keep_delta=False)
-        start, end = state.block
+        start, end = state.span
         count = min(state.length, self.before + end - start + self.after)
         first = min(max(start - self.before, 0), state.length - count)
         return StepPlan.recompute(state, Rows.span(first, first + count, state.batch))

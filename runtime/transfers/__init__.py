@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dllm_export.runtime.transfers.apd import AdaptiveThreshold
 from dllm_export.runtime.transfers.credit import Credit
 from dllm_export.runtime.transfers.ddpm import Ddpm, DdpmCache
+from dllm_export.runtime.transfers.dream import Dream
 from dllm_export.runtime.transfers.entropy_bound import EntropyBound
 from dllm_export.runtime.transfers.factor import Factor
 from dllm_export.runtime.transfers.hierarchy import Hierarchy
 from dllm_export.runtime.transfers.klass import Klass
+from dllm_export.runtime.transfers.origin import Origin
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.sedd import Sedd
 from dllm_export.runtime.transfers.slow_fast import SlowFast
@@ -32,6 +34,8 @@ ALL: tuple[type[Transfer], ...] = (
     Ddpm,
     DdpmCache,
     Sedd,
+    Dream,
+    Origin,
 )
 TRANSFERS: Mapping[str, type[Transfer]] = {transfer.name: transfer for transfer in ALL}
 
@@ -42,10 +46,12 @@ __all__ = [
     "Credit",
     "Ddpm",
     "DdpmCache",
+    "Dream",
     "EntropyBound",
     "Factor",
     "Hierarchy",
     "Klass",
+    "Origin",
     "Quota",
     "Sedd",
     "SlowFast",

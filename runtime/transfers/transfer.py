@@ -73,6 +73,8 @@ class Transfer(Protocol):
     """Whether the rule looks at `ranking`, so that `--remasking` means something."""
     remasks: ClassVar[bool] = False
     """Whether the rule may mask decided rows again."""
+    tempered: ClassVar[bool] = False
+    """Whether `ranking` is of the distribution that tokens are drawn from: after temperature, top-p and top-k."""
     verifies: ClassVar[bool] = False
     """Whether the rule looks at `verified`: a step with decided rows in its block then also runs the block's shadow."""
     idles: ClassVar[bool] = False

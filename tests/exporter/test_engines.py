@@ -34,6 +34,7 @@ TARGETS = ("8.9", "12.0")
 HALF = [
     *((variant, dtype) for variant in ("plain", "gqa", "bias", "tied") for dtype in ("float16", "bfloat16")),
     ("qk_norm", "bfloat16"),
+    ("dream", "bfloat16"),
 ]
 
 
@@ -94,7 +95,9 @@ def test_all_engines_of_the_8b_shape_are_small(dtype: DType, llada_8b: ModelShap
         )[0]
         for name, spec in graph_specs(llada_8b).items()
     }
-    assert sum(map(len, plans.values())) < 20_000_000
+    # Twenty-one graphs for two capabilities. The nine that dllm-cache and none need take 8 MB of it (docs/tensorrt.md).
+    assert max(map(len, plans.values())) < 4_000_000
+    assert sum(map(len, plans.values())) < 25_000_000
 
 
 def test_a_library_that_needs_stages_gets_an_engine_of_each(
@@ -197,7 +200,7 @@ def test_progress_grows_within_an_engine_to_a_hundred(unbuilt: Bundle, tmp_path:
     assert seen[-1] == ("engines", 100, 100)
     for number, graph in enumerate(bundle.specs, 1):
         name = f"engine {graph} ({number} of {len(bundle.specs)})"
-        assert len({step for what, step, _ in seen if what == name}) >= 5, "a graph that only copies rows reports five"
+        assert len({step for what, step, _ in seen if what == name}) >= 3, "more than its beginning and its end"
 
 
 def test_an_interrupted_build_leaves_whole_engines_only_and_goes_on_later(unbuilt: Bundle, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import NoCache
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.session import SessionOptions, open_session
+from dllm_export.runtime.transfers import Quota
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
@@ -59,6 +60,7 @@ MODELS = {
     "a2d-qwen3": Model("Qwen3", {"tie_word_embeddings": True, "head_dim": 20}),
     "a2d-qwen2": Model("Qwen2", {"tie_word_embeddings": True}),
     "a2d-llama": Model("Llama", {"tie_word_embeddings": False}),
+    "dream": Model("Qwen2", {"tie_word_embeddings": False}),
 }
 every_family = pytest.mark.parametrize("family", MODELS)
 
@@ -170,7 +172,11 @@ def test_logits_of_a_published_checkpoint_equal_those_of_transformers(
 @every_family
 def test_logits_of_a_checkpoint_written_here_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     shape = replace(
-        SHAPE, qk_norm=family == "a2d-qwen3", qkv_bias=family == "a2d-qwen2", tied_head=family != "a2d-llama"
+        SHAPE,
+        qk_norm=family == "a2d-qwen3",
+        qkv_bias=family in ("a2d-qwen2", "dream"),
+        tied_head=family not in ("a2d-llama", "dream"),
+        shift=family == "dream",
     )
     model = write_random_checkpoint(tmp_path / "model", shape, family=family, shards=3)
     bundle = export(model, tmp_path / "bundle", ExportOptions(no_tokenizer=True, indicator_rank=0))
@@ -200,13 +206,18 @@ def test_a_wrong_weight_would_be_seen(slot: str, published: dict[str, Path], tmp
 
 
 # -- a whole generation
-def plain_generation(forward: Callable[[Array], Array], prompt: list[int], length: int, block: int) -> list[int]:
-    """LLaDA's loop: in every step the candidate of the block that the model is surest of."""
+def plain_generation(
+    forward: Callable[[Array], Array], prompt: list[int], length: int, block: int, *, shift: bool
+) -> list[int]:
+    """LLaDA's loop: in every step the candidate of the block that the model is surest of.
+
+    With a shift the logits of a token are those of the row before it.
+    """
     canvas = np.array([*prompt, *[MASK] * length])
     for start in range(len(prompt), len(canvas), block):
         rows, undecided = np.arange(start, start + block), np.ones(block, np.bool_)
         while undecided.any():
-            logits = forward(canvas[None])[0, rows]
+            logits = forward(canvas[None])[0, rows - 1 if shift else rows]
             logits[:, MASK] = -np.inf  # never proposed here (docs/decisions.md)
             probability = np.exp(logits - logits.max(-1, keepdims=True))
             sure = probability.max(-1) / probability.sum(-1)
@@ -227,12 +238,15 @@ def test_a_generation_is_that_of_transformers_token_for_token_on_every_provider(
 ) -> None:
     prompt = draw_tokens(3)[0].tolist()
     prompt = [token if token < END else 0 for token in prompt]
-    expected = plain_generation(open_published(published[family], family), prompt, 16, 8)
+    shift = bundles[family].manifest.shape.shift
+    expected = plain_generation(open_published(published[family], family), prompt, 16, 8, shift=shift)
     assert len(set(expected)) > 3
-    options = GenerationOptions(gen_length=16, block_length=8, steps=16)
+    options = GenerationOptions(
+        gen_length=16, block_length=8, steps=16, temperature=0.0, top_p=1.0, remasking="low_confidence"
+    )
     for provider in ("torch", "onnxruntime"):
         with open_model(bundles[family], provider) as model:
-            result = model.run(model.continuation([prompt], options), options, NoCache())[0]
+            result = model.run(model.continuation([prompt], options), options, NoCache(), Quota())[0]
         assert list(result.tokens) == expected, provider
 
 

@@ -69,7 +69,7 @@ def failed(report: Report) -> dict[str, str]:
 
 
 # -- what must pass
-@pytest.mark.parametrize("variant", ["gqa", "bias", "tied", "qk_norm"])
+@pytest.mark.parametrize("variant", ["gqa", "bias", "tied", "qk_norm", "dream"])
 def test_every_variant_passes_on_onnxruntime(variant: str, tiny_bundles: dict[str, Bundle]) -> None:
     report = verify(tiny_bundles[variant], ORT)
     assert not failed(report)

@@ -40,26 +40,39 @@ class Canvas:
     tokens: Tensor
     padding: tuple[int, ...]
     prompt: int
+    shift: bool = False
+
+    @property
+    def lead(self) -> int:
+        """Prompt rows that predict into the response; a cache counts them as its rows (docs/policies.md)."""
+        return int(self.shift and self.prompt > 0)
+
+    def predict(self, logits: Tensor) -> Tensor:  # [B, T, V] of rows -> of the tokens that they predict
+        """With a shift a token's logits are those of the row before it; the first token's are of its own row."""
+        if not self.shift:
+            return logits
+        rows = zip(logits, self.padding, strict=True)
+        return torch.stack([torch.cat((row[: pad + 1], row[pad:-1])) for row, pad in rows])
 
 
-def left_padded(texts: list[list[int]], prompt: int) -> Canvas:
+def left_padded(texts: list[list[int]], prompt: int, *, shift: bool = False) -> Canvas:
     width = max(map(len, texts))
     padding = tuple(width - len(text) for text in texts)
     rows = [[EOS] * pad + text for pad, text in zip(padding, texts, strict=True)]
-    return Canvas(torch.tensor(rows), padding, prompt)
+    return Canvas(torch.tensor(rows), padding, prompt, shift)
 
 
 def passes(model: EagerModel, canvas: Canvas, policy: CachePolicy) -> Logits:
     """Logits of one pass after another, with a cache and a step counter of their own."""
     context, step = model.context(canvas.padding, canvas.tokens.shape[1]), 0
     if not isinstance(policy, DllmCache):
-        return lambda tokens: model.forward(tokens, context)
-    cache = FourFeatureCache(model, context, canvas.prompt, policy)
+        return lambda tokens: canvas.predict(model.forward(tokens, context))
+    cache = FourFeatureCache(model, context, canvas.prompt - canvas.lead, policy)
 
     def run(tokens: Tensor) -> Tensor:
         nonlocal step
         step += 1
-        return cache.forward(tokens, step)
+        return canvas.predict(cache.forward(tokens, step))
 
     return run
 
@@ -142,10 +155,11 @@ def stop_early(response: Tensor, eos: int, end_of_turn: int) -> None:
             ended |= token in (eos, end_of_turn)
 
 
-def open_with_ends(bundle: Bundle, ends: tuple[int, int]) -> DiffusionLM:
+def open_with_ends(bundle: Bundle, ends: tuple[int, int], *, shift: bool = False) -> DiffusionLM:
     """The runtime in float64, with these tokens in the role of end-of-text and end-of-turn."""
     tokens = replace(bundle.manifest.tokens, eos=ends[0], end_of_turn=ends[1])
-    bundle = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, tokens=tokens))
+    shape = replace(bundle.manifest.shape, shift=shift)
+    bundle = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, tokens=tokens, shape=shape))
     return DiffusionLM(bundle, TorchSession(bundle, SessionOptions(provider="torch", threads=1), dtype="float64"))
 
 
@@ -185,13 +199,17 @@ CONTINUATIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
+SHIFTED = ("blocks", "several tokens a step", "random order", "early stop", "guidance refreshed every third step")
+CASES = [*((name, False) for name in CONTINUATIONS), *((name, True) for name in SHIFTED)]
+
+
 @pytest.mark.parametrize("policy", [NoCache(), CACHE], ids=["none", "dllm-cache"])
-@pytest.mark.parametrize("name", CONTINUATIONS)
+@pytest.mark.parametrize(("name", "shift"), CASES)
 def test_continuation_equals_the_published_sampler(
-    name: str, policy: CachePolicy, tiny_bundle: Bundle, tiny_eager: dict[str, EagerModel]
+    name: str, shift: bool, policy: CachePolicy, tiny_bundle: Bundle, tiny_eager: dict[str, EagerModel]
 ) -> None:
     model, options = tiny_eager["plain"], GenerationOptions(gen_length=24, **CONTINUATIONS[name])
-    canvas = left_padded([[*prompt, *[MASK] * 24] for prompt in PROMPTS], prompt=13)
+    canvas = left_padded([[*prompt, *[MASK] * 24] for prompt in PROMPTS], prompt=13, shift=shift)
     block, steps = sizes(options)
     reference = guided if options.cfg_scale else passes
     extra = (options.cfg_scale, options.cfg_interval) if options.cfg_scale else ()
@@ -204,7 +222,7 @@ def test_continuation_equals_the_published_sampler(
     expected = published(ends, options)
     if options.logits_eos_inf or options.confidence_eos_eot_inf or options.early_stop:
         assert not torch.equal(plain, expected), "the option changed nothing, so that this test cannot see it"
-    with open_with_ends(tiny_bundle, ends) as lm:
+    with open_with_ends(tiny_bundle, ends, shift=shift) as lm:
         results = lm.run(lm.continuation(PROMPTS, options), options, policy)
     assert [list(result.tokens) for result in results] == expected.tolist()
 
@@ -223,12 +241,18 @@ INFILLINGS = {
 @pytest.mark.parametrize("options", [{}, {"steps": 2}, {"cfg_scale": 1.0, "cfg_interval": 2}], ids=str)
 @pytest.mark.parametrize("policy", [NoCache(), CACHE, replace(CACHE, update_ratio=0.0)], ids=str)
 @pytest.mark.parametrize("name", INFILLINGS)
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shift"])
 def test_infilling_equals_the_published_sampler(
-    name: str, policy: CachePolicy, options: dict[str, Any], tiny_bundle: Bundle, tiny_eager: dict[str, EagerModel]
+    shift: bool,
+    name: str,
+    policy: CachePolicy,
+    options: dict[str, Any],
+    tiny_bundle: Bundle,
+    tiny_eager: dict[str, EagerModel],
 ) -> None:
     model, settings = tiny_eager["plain"], GenerationOptions(**options)
     texts, prompt = INFILLINGS[name]
-    canvas = left_padded(texts, prompt)
+    canvas = left_padded(texts, prompt, shift=shift)
     rows = canvas.tokens.shape[1] - prompt
     logits_of = (
         guided(model, canvas, policy, settings.cfg_scale, settings.cfg_interval)
@@ -236,7 +260,7 @@ def test_infilling_equals_the_published_sampler(
         else passes(model, canvas, policy)
     )
     expected = published_sampler(logits_of, canvas, rows, settings.steps or 4, (EOS, EOS), settings)
-    with open_with_ends(tiny_bundle, (EOS, EOS)) as lm:
+    with open_with_ends(tiny_bundle, (EOS, EOS), shift=shift) as lm:
         *_, last = lm.stream(lm.infilling(texts, settings), settings, policy)
     assert last.tokens.tolist() == expected.tolist()
 

@@ -110,7 +110,6 @@ def test_a_manifest_without_a_format_is_damaged(encoded: bytes) -> None:
         {"remarks": "hello"},
         {"dtype": "int4"},
         {"dtype": "float32 "},
-        {"shift": "left"},
         {"topology": "causal"},
         {"weights": "both"},
         {"opset": "17"},

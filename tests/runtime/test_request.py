@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from dllm_export.errors import UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SamplerDefaults, SpecialTokens
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.request import Request, continuation, infilling
+from dllm_export.runtime.request import Request, continuation, infilling, share_prefix
 
 MASK, PAD = 9, 8
 SHAPE = ModelShape(
@@ -26,6 +28,9 @@ SHAPE = ModelShape(
 )
 TOKENS = SpecialTokens(mask=MASK, eos=PAD, pad=PAD)
 SAMPLER = SamplerDefaults(gen_length=16, block_length=16)
+
+
+SHIFTED = replace(SHAPE, shift=True)
 
 
 def ask(*prompts: list[int], **options: int) -> Request:
@@ -50,6 +55,33 @@ def test_defaults_come_from_the_family_and_one_token_is_committed_per_step() -> 
     assert ask([1], gen_length=8).schedule.block_length == 8
     blocks = ask([1], gen_length=12, block_length=4, steps=6).schedule
     assert (blocks.blocks, blocks.steps_per_block) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("canvases", "lead", "predictors"),
+    [
+        ([[1, 2, MASK, 3, MASK], [4, 1, MASK, MASK]], 1, [[0, 1, 2], [0, 1, 2]]),
+        ([[1, 2, MASK, 3, MASK], [MASK, 3, 4]], 1, [[0, 1, 2], [1, 1, 2]]),
+        ([[MASK, 2, MASK], [3, MASK]], 0, [[0, 0, 1], [1, 1, 1]]),
+    ],
+)
+def test_with_a_shift_a_row_is_predicted_by_the_one_before_it_and_a_first_row_by_itself(
+    canvases: list[list[int]], lead: int, predictors: list[list[int]]
+) -> None:
+    request = infilling(canvases, GenerationOptions(), SHIFTED, TOKENS)
+    assert (request.shape.lead, request.shape.led.length) == (lead, request.shape.length)
+    assert request.shape.led.response_rows == request.shape.response_rows + lead
+    assert request.predictors.tolist() == predictors
+    plain = infilling(canvases, GenerationOptions(), SHAPE, TOKENS)
+    assert plain.shape.lead == 0
+    assert plain.predictors.tolist() == [list(range(plain.shape.response_rows))] * len(canvases)
+
+
+def test_with_a_shift_a_shared_prefix_leaves_the_last_token_of_a_prompt() -> None:
+    request = continuation([[1, 2, 3], [1, 2, 4, 5]], GenerationOptions(gen_length=4), SHIFTED, TOKENS, SAMPLER)
+    assert share_prefix(request, [1, 2], 1, 1).prefix is not None
+    with pytest.raises(UsageError, match=r"is all of prompt 1, whose last token this model needs fresh in every step"):
+        share_prefix(replace(request, canvas=request.canvas[:1], padding=request.padding[:1]), [1, 2, 3], 1, 1)
 
 
 def test_a_prompt_of_the_full_length_is_accepted_and_one_token_more_is_not() -> None:

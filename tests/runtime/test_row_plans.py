@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dllm_export.errors import UsageError
 from dllm_export.graphs import TOP_TOKENS
+from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.plugins import find_policy
@@ -55,16 +56,17 @@ SMALL_SETTINGS: dict[str, CachePolicy] = {"window": WindowCache(before=2, after=
 
 def most_rows(policy: Any, state: StepState) -> int:
     """The rows that a policy declares for a step that is not full (docs/policies.md)."""
-    block, recent = state.block[1] - state.block[0], state.masked_before & ~state.masked
+    block, recent = state.span[1] - state.span[0], state.masked_before & ~state.masked
+    open_rows = state.masked_before | state.masked
     declared = {
-        "prefix": state.length - state.block[0],
+        "prefix": state.length - state.span[0],
         "dual": block,
         "sparse": block,
-        "freecache": state.length - state.block[0],
+        "freecache": state.length - state.span[0],
         "window": min(state.length, block + getattr(policy, "before", 0) + getattr(policy, "after", 0)),
-        "dkv-decode": in_buckets(policy, state, (state.masked_before | state.masked).sum(1).max()),
+        "dkv-decode": in_buckets(policy, state, (open_rows | state.predicting(open_rows)).sum(1).max()),
         "dkv-greedy": in_buckets(
-            policy, state, (state.candidates | recent).sum(1).max() + getattr(policy, "nearest", 0)
+            policy, state, (state.candidates | state.needed | recent).sum(1).max() + getattr(policy, "nearest", 0)
         ),
     }
     return declared[policy.name]
@@ -78,10 +80,22 @@ def in_buckets(policy: Any, state: StepState, rows: int) -> int:
 
 @st.composite
 def states(draw: st.DrawFn) -> StepState:
-    """A state that can come up: blocks before the current one are decided, and nothing decided was masked later."""
+    """A state that can come up: blocks before the current one are decided, and nothing decided was masked later.
+
+    With a shift a row of the prompt may lead the response, which is then one longer.
+    """
     batch, block, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 4))
     prompt, rows, number = draw(st.integers(0, 12)), block * blocks, draw(st.integers(0, blocks - 1))
-    first = StepState.first(layers=draw(st.integers(1, 4)), prompt_rows=prompt, response_rows=rows, batch=batch)
+    shift = draw(st.booleans())
+    lead = int(shift and prompt > 0)
+    shape = RequestShape(batch=batch, prompt_rows=prompt, response_rows=rows, shift=shift).led
+    first = StepState.first(
+        layers=draw(st.integers(1, 4)), prompt_rows=shape.prompt_rows, response_rows=shape.response_rows, batch=batch
+    )
+
+    def led(array: Any) -> Any:
+        return np.pad(array, ((0, 0), (lead, 0)))
+
     before = np.array(draw(st.lists(st.booleans(), min_size=batch * rows, max_size=batch * rows))).reshape(batch, rows)
     before[:, : number * block] = False
     decided = np.array(draw(st.lists(st.booleans(), min_size=batch * rows, max_size=batch * rows)))
@@ -96,9 +110,10 @@ def states(draw: st.DrawFn) -> StepState:
         step=inner + (draw(st.integers(number, 30)) if number else 0),
         block_step=inner,
         block=(prompt + number * block, prompt + (number + 1) * block),
-        masked=before & ~decided,
-        masked_before=before,
-        upcoming=upcoming,
+        shift=shift,
+        masked=led(before & ~decided),
+        masked_before=led(before),
+        upcoming=led(upcoming),
         padding=tuple(draw(st.lists(st.integers(0, prompt), min_size=batch, max_size=batch))),
     )
 
@@ -208,10 +223,11 @@ def test_told_to_refresh_everything_a_policy_equals_no_cache(case: str, guidance
 def test_a_compaction_keeps_the_share_of_the_rows_that_a_sequence_has(ratio: float, state: StepState) -> None:
     made = SparseCache(keep_ratio=ratio).plan(replace(state, block_step=2))
     used = SparseCache(keep_ratio=ratio).plan(replace(state, block_step=7))
-    block = state.block[1] - state.block[0]
     assert made.compaction == used.compaction
     assert made.compaction is not None
-    assert made.compaction.kept == tuple(int((state.length - pad - block) * ratio) for pad in state.padding)
+    assert made.compaction.kept == tuple(
+        int((max(0, state.span[0] - pad) + state.length - state.span[1]) * ratio) for pad in state.padding
+    )
     assert made.compaction.count <= state.length
     assert (made.alive, made.kind, used.rows) == ("sequence", "full", made.compaction.rows)
 
@@ -220,6 +236,33 @@ def test_freecache_equals_no_cache_where_nothing_is_given(open_model: OpenModel)
     lm, text, options = open_model("float64"), [96] * 9, GenerationOptions()
     found, expected = (lm.run(lm.infilling([text], options), options, each)[0] for each in (FreeCache(), NoCache()))
     assert found.tokens == expected.tokens
+
+
+# -- a shift
+@given(states())
+def test_what_predicts_a_row_is_the_row_before_it(state: StepState) -> None:
+    rows = {(sequence, state.prompt_rows + int(place)) for sequence, place in np.argwhere(state.candidates)}
+    before = {
+        (sequence, max(row - 1, state.padding[sequence], state.prompt_rows) if state.shift else row)
+        for sequence, row in rows
+    }
+    assert {(sequence, state.prompt_rows + int(place)) for sequence, place in np.argwhere(state.needed)} == before
+
+
+@given(states(), st.data())
+def test_with_a_shift_a_row_that_predicts_a_candidate_may_not_be_left_out(
+    state: StepState, data: st.DataObject
+) -> None:
+    needed = np.argwhere(state.needed)
+    if not len(needed) or state.length == 1:
+        return
+    _, place = needed[data.draw(st.integers(0, len(needed) - 1))]
+    position = state.prompt_rows + int(place)
+    others = [tuple(row for row in range(state.length) if row != position)] * state.batch
+    fault = find_fault(StepPlan.recompute(state, Rows(tuple(others))), state)
+    what = "predicts what may be decided" if state.shift else "may be decided"
+    assert fault is not None
+    assert fault.endswith(f"{what} in this step, but is not among its rows")
 
 
 # -- rows that differ from sequence to sequence

@@ -1,7 +1,8 @@
 """Policies that recompute chosen rows, as whole generations in float64 against a plain loop in PyTorch, token for token.
 
 The loop keeps lists of keys and values of its own, one sequence at a time: it runs the rows that a policy's published rule
-names, overwrites their keys and values, and attends over everything that is visible. Only those rows travel.
+names, overwrites their keys and values, and attends over everything that is visible. Only those rows travel. With a shift the
+token of a row is read from the row before it, which a rule then has to name as well.
 """
 
 from __future__ import annotations
@@ -48,6 +49,22 @@ class Look:
     masked: list[set[int]]
     before: list[set[int]]
     upcoming: list[set[int]]
+    shift: bool
+    padding: list[int]
+
+    @property
+    def first(self) -> int:
+        """Where the rows of the block begin, with the one that predicts the first of them."""
+        return self.start - 1 if self.shift and self.start > 0 else self.start
+
+    def predict(self, number: int, rows: set[int]) -> set[int]:
+        """The rows that the tokens of these rows of a sequence are read from."""
+        return {predictor(row, self.padding[number], shift=self.shift) for row in rows}
+
+
+def predictor(row: int, padding: int, *, shift: bool) -> int:
+    """Where the token of a row is read from: the first row of a sequence has none before it."""
+    return max(row - 1, padding) if shift else row
 
 
 RowRule = Callable[[Look, int], Sequence[int]]
@@ -60,17 +77,17 @@ def everything(look: Look) -> range:
 
 def dual(look: Look, _: int) -> range:
     """Fast-dLLM: the block, and everything at its start."""
-    return everything(look) if look.block_step == 1 else range(look.start, look.end)
+    return everything(look) if look.block_step == 1 else range(look.first, look.end)
 
 
 def prefix(look: Look, _: int) -> range:
     """Fast-dLLM: from the block's start to the end, and everything at its start."""
-    return everything(look) if look.block_step == 1 else range(look.start, look.length)
+    return everything(look) if look.block_step == 1 else range(look.first, look.length)
 
 
 def freecache(look: Look, _: int) -> range:
     """FreeCache: everything once, then from the block's start to the end."""
-    return everything(look) if look.step == 1 else range(look.start, look.length)
+    return everything(look) if look.step == 1 else range(look.first, look.length)
 
 
 def window(before: int, after: int, interval: int) -> RowRule:
@@ -79,7 +96,7 @@ def window(before: int, after: int, interval: int) -> RowRule:
     def rows(look: Look, _: int) -> range:
         if look.block_step == 1 or (interval and look.block_step % interval == 1 % interval):
             return everything(look)
-        start, end = look.start - before, look.end + after
+        start, end = look.first - before, look.end + after
         while start < 0:
             start, end = start + 1, end + 1
         while end > look.length:
@@ -95,7 +112,8 @@ def dkv_decode(interval: int) -> RowRule:
     def rows(look: Look, number: int) -> Sequence[int]:
         if look.block_step <= 2 or (interval and look.block_step % interval == 1 % interval):
             return everything(look)
-        return sorted(look.before[number] | look.masked[number])
+        rows = look.before[number] | look.masked[number]
+        return sorted(rows | look.predict(number, rows))
 
     return rows
 
@@ -108,7 +126,7 @@ def dkv_greedy(interval: int, width: int) -> RowRule:
             return everything(look)
         now, last = look.upcoming[number], look.before[number] - look.masked[number]
         others = [(min(abs(row - other) for other in now), row) for row in look.masked[number] - now if now]
-        return sorted(now | last | {row for _, row in sorted(others)[:width]})
+        return sorted(now | look.predict(number, now) | last | {row for _, row in sorted(others)[:width]})
 
     return rows
 
@@ -120,7 +138,7 @@ class Sparse:
     ratio: float
 
     def __call__(self, look: Look, _: int) -> range:
-        return everything(look) if look.block_step <= 2 else range(look.start, look.end)
+        return everything(look) if look.block_step <= 2 else range(look.first, look.end)
 
     def choose(self, query: Tensor, keys: dict[int, Tensor], block: range) -> list[int]:
         """Rows that a layer keeps: query [n, heads, d] of the block's visible rows, keys [heads, d] of all, both rotated."""
@@ -132,7 +150,7 @@ class Sparse:
 
 def dual_from_the_second_step(look: Look, _: int) -> range:
     """The dual cache, but the second step of a block fills it."""
-    return everything(look) if look.block_step <= 2 else range(look.start, look.end)
+    return everything(look) if look.block_step <= 2 else range(look.first, look.end)
 
 
 RULES: Mapping[str, tuple[CachePolicy, RowRule]] = {
@@ -181,7 +199,7 @@ class PlainSequence:
             low, high = x.chunk(2, dim=-1)
             return x * cos[places].unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin[places].unsqueeze(1)
 
-        order, visible, block = list(rows), range(self.padding, self.length), range(look.start, look.end)
+        order, visible, block = list(rows), range(self.padding, self.length), range(look.first, look.end)
         if not order:
             return {}
         x = model.embed(torch.tensor([tokens[row] for row in order]))
@@ -215,6 +233,7 @@ class PlainPass:
 
     sequences: list[PlainSequence]
     rule: RowRule
+    shift: bool = False
     step: int = 0
     block_step: int = 0
     block: int = -1
@@ -227,16 +246,30 @@ class PlainPass:
         self.block_step = self.block_step + 1 if block[0] == self.block else 1
         self.block = block[0]
         before = self.before or masked
-        look = Look(self.step, self.block_step, block[0], block[1], len(canvas[0]), masked, before, upcoming)
+        padding, length = [sequence.padding for sequence in self.sequences], len(canvas[0])
+        look = Look(
+            self.step, self.block_step, block[0], block[1], length, masked, before, upcoming, self.shift, padding
+        )
         self.before = masked
-        return [
+        found = [
             sequence.run(tokens, self.rule(look, number), look, self.rule if isinstance(self.rule, Sparse) else None)
             for number, (sequence, tokens) in enumerate(zip(self.sequences, canvas, strict=True))
+        ]
+        read = [{row: predictor(row, pad, shift=self.shift) for row in range(pad, length)} for pad in padding]
+        return [
+            {row: logits[place] for row, place in places.items() if place in logits}
+            for logits, places in zip(found, read, strict=True)
         ]
 
 
 def plain_generation(
-    model: EagerModel, request: Request, options: GenerationOptions, rule: RowRule, transfer: Transfer
+    model: EagerModel,
+    request: Request,
+    options: GenerationOptions,
+    rule: RowRule,
+    transfer: Transfer,
+    *,
+    shift: bool = False,
 ) -> tuple[list[list[int]], int]:
     """LLaDA's loop at temperature 0: (response of every sequence, forward passes)."""
     canvas: list[list[int]] = request.canvas.tolist()
@@ -244,7 +277,7 @@ def plain_generation(
     given = [[token != MASK for token in row] for row in canvas]
 
     def open_pass() -> PlainPass:
-        return PlainPass([PlainSequence(model, int(padding), length) for padding in request.padding], rule)
+        return PlainPass([PlainSequence(model, int(padding), length) for padding in request.padding], rule, shift)
 
     def masks(until: int) -> list[set[int]]:
         return [{row for row in range(prompt, until) if tokens[row] == MASK} for tokens in canvas]
@@ -352,32 +385,63 @@ def test_a_generation_equals_the_plain_loop(
     assert generate(lm, request, options, policy, transfer) == expected
 
 
+SHIFTED = ("a padded batch", "threshold", "random order", "guidance kept")
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case, name in PAIRS if case in SHIFTED])
+def test_a_generation_with_a_shift_equals_the_plain_loop(
+    case: str, name: str, open_shifted: OpenModel, tiny_eager: dict[str, EagerModel]
+) -> None:
+    lm, (policy, rule), (lengths, keywords, transfer) = open_shifted("float64"), RULES[name], CASES[case]
+    options = options_for(name, **keywords)
+    request = lm.continuation(prompts(*lengths, seed=len(case)), options)
+    expected = plain_generation(tiny_eager["plain"], request, options, rule, transfer, shift=True)
+    assert generate(lm, request, options, policy, transfer) == expected
+    unshifted = plain_generation(tiny_eager["plain"], request, options, rule, transfer)
+    assert unshifted[0] != expected[0], "a forgotten shift would be seen"
+
+
 HOLES = {
     "behind a prompt": ([[6, 7, 11, 15], [3, 9, 10, 14]], {}),
     "everywhere": ([[0, 8, 9, 19], [2, 15]], {"steps": 2}),
     "guided": ([[4, 5, 17], [3, 9, 10, 14, 15]], {"cfg_scale": 1.0, "cfg_interval": 2}),
+    "first rows of a padded text": ([[1, 8, 9], [0, 1, 5]], {}),
 }
 
 
 @every_rule
 @pytest.mark.parametrize("case", HOLES)
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shift"])
 def test_infilling_equals_the_plain_loop(
-    case: str, name: str, open_model: OpenModel, tiny_eager: dict[str, EagerModel]
+    shift: bool,
+    case: str,
+    name: str,
+    open_model: OpenModel,
+    open_shifted: OpenModel,
+    tiny_eager: dict[str, EagerModel],
 ) -> None:
-    lm, (policy, rule), (places, keywords) = open_model("float64"), RULES[name], HOLES[case]
+    lm, (policy, rule), (places, keywords) = (
+        (open_shifted if shift else open_model)("float64"),
+        RULES[name],
+        HOLES[case],
+    )
     options = options_for(name, **keywords)
     texts = [
         [MASK if place in holes else token for place, token in enumerate(text)]
         for text, holes in zip(prompts(20, 16), places, strict=True)
     ]
     request = lm.infilling(texts, options)
-    expected = plain_generation(tiny_eager["plain"], request, options, rule, Quota())
+    expected = plain_generation(tiny_eager["plain"], request, options, rule, Quota(), shift=shift)
     assert generate(lm, request, options, policy, Quota()) == expected
 
 
 @every_rule
-def test_a_batch_gives_what_its_sequences_give_alone(name: str, open_model: OpenModel) -> None:
-    lm, policy, options = open_model("float64"), RULES[name][0], options_for(name, gen_length=16, block_length=8)
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shift"])
+def test_a_batch_gives_what_its_sequences_give_alone(
+    shift: bool, name: str, open_model: OpenModel, open_shifted: OpenModel
+) -> None:
+    lm = (open_shifted if shift else open_model)("float64")
+    policy, options = RULES[name][0], options_for(name, gen_length=16, block_length=8)
     texts = prompts(12, 7)
     together = lm.run(lm.continuation(texts, options), options, policy)
     own = [replace(options, seed=options.seed + number) for number in range(len(texts))]
