@@ -204,6 +204,18 @@ def test_the_bar_of_shared_prefixes_is_met_one_token_a_step() -> None:
     assert 100 * (plain["right"] - shared["right"]) <= plain["asked"]
 
 
+def test_the_bars_of_policies_and_rules_are_met_in_one_run() -> None:
+    """dllm-cache three times as fast as no cache within a point, the best pair twelve times within two."""
+    report = json.loads((ROOT / "docs/measurements/frontier-all-2-core.json").read_text())
+    outcomes = {(one["policy"], one["transfer"]): one for one in report["outcomes"]}
+    plain, cached = outcomes["none", "quota"], outcomes["dllm-cache", "quota"]
+    best = min(outcomes.values(), key=lambda one: one["seconds"])
+    assert plain["seconds"] / cached["seconds"] >= 3
+    assert 100 * abs(plain["right"] - cached["right"]) <= plain["asked"]
+    assert plain["seconds"] / best["seconds"] >= 12
+    assert 100 * (plain["right"] - best["right"]) <= 2 * plain["asked"]
+
+
 def test_the_frontier_equals_the_measurement() -> None:
     assert section("docs/policies.md", "frontier") == frontier_table()
 
