@@ -50,7 +50,7 @@ def outcomes_of(text: str) -> dict[tuple[str, str], Any]:
 
 
 SMALL = ("--sheets", 2, "--problems", 6)
-RULES = [name for name in TRANSFERS if name not in ("ddpm", "ddpm-cache", "sedd")]
+RULES = [name for name in TRANSFERS if name not in ("ddpm", "ddpm-cache", "sedd", "origin")]
 """Rules that go by what the model says: a sampler that reveals rows at random solves no worksheets."""
 
 
