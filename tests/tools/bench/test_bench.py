@@ -256,8 +256,13 @@ def test_plain_pytorch_gets_the_weights_of_the_bundle_where_it_has_no_checkpoint
     from dllm_export.tools.bench.eager_weights import unfuse_eager
     from dllm_export.tools.eager import load_eager
 
-    for name, bundle in tiny_bundles.items():
-        found, expected = unfuse_eager(bundle, torch.float32), load_eager(tiny_checkpoints[name])
+    unknown = {name: bundle for name, bundle in tiny_bundles.items() if bundle.manifest.family != "llada"}
+    assert 0 < len(unknown) < len(tiny_bundles)
+    for name, bundle in unknown.items():
+        with pytest.raises(IncompatibleError, match=bundle.manifest.family):
+            unfuse_eager(bundle, torch.float32)
+    for name in tiny_bundles.keys() - unknown.keys():
+        found, expected = unfuse_eager(tiny_bundles[name], torch.float32), load_eager(tiny_checkpoints[name])
         tokens = torch.arange(12).reshape(1, 12)
         ours, theirs = (model.forward(tokens, model.context([0], 12)) for model in (found, expected))
         assert torch.equal(ours, theirs), name
