@@ -7,6 +7,7 @@ this project and read by transformers.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,9 +42,9 @@ Array = NDArray[Any]
 VOCABULARY, MASK, END = 61, 60, 59
 """Fewer tokens than the head returns candidates, so that these are all logits."""
 
-CLOSE = 1e-4
-"""transformers takes norms and rotary tables in float32 whatever the type of the model, seven norms deep, with sharp attention:
-5e-5 was seen. One wrong tensor moves logits by more than 0.1 (test_a_wrong_weight_would_be_seen)."""
+CLOSE = 2e-5
+"""transformers takes norms and rotary tables in float32 whatever the type of the model; logits here reach 20, and one wrong
+tensor moves them by more than 0.1 (test_a_wrong_weight_would_be_seen)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,11 @@ def write_published(directory: Path, family: str, shard_size: str = "5GB") -> Pa
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, rope_theta=2e4, rms_norm_eps=1e-5, **model.settings,
     )  # fmt: skip
-    torch.manual_seed(9)
+    torch.manual_seed(7)
     network = getattr(transformers, f"{model.base}ForCausalLM")(config)
     with torch.no_grad():
         for name, weight in network.named_parameters():
-            sharp = "q_proj" in name or "k_proj" in name  # or all rows would attend to all alike, and predict the same
-            gain = (4.0 if sharp else 1.5) * weight.shape[-1] ** -0.5
+            gain = 1.5 * weight.shape[-1] ** -0.5
             weight.copy_(torch.randn_like(weight) * gain if weight.ndim == 2 else 1 + 0.1 * torch.randn_like(weight))
             if name.endswith("bias"):
                 weight.sub_(1.0)
@@ -236,18 +236,18 @@ def open_model(bundle: Bundle, provider: str) -> Iterator[DiffusionLM]:
 def test_a_generation_is_that_of_transformers_token_for_token_on_every_provider(
     family: str, published: dict[str, Path], bundles: dict[str, Bundle]
 ) -> None:
-    prompt = draw_tokens(3)[0].tolist()
-    prompt = [token if token < END else 0 for token in prompt]
+    prompts = [[int(token) for token in draw_tokens(seed)[0] if token < END] for seed in range(3)]
+    forward = open_published(published[family], family)
     shift = bundles[family].manifest.shape.shift
-    expected = plain_generation(open_published(published[family], family), prompt, 16, 8, shift=shift)
-    assert len(set(expected)) > 3
+    expected = [plain_generation(forward, prompt, 16, 8, shift=shift) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 5
     options = GenerationOptions(
         gen_length=16, block_length=8, steps=16, temperature=0.0, top_p=1.0, remasking="low_confidence"
     )
     for provider in ("torch", "onnxruntime"):
         with open_model(bundles[family], provider) as model:
-            result = model.run(model.continuation([prompt], options), options, NoCache(), Quota())[0]
-        assert list(result.tokens) == expected, provider
+            results = model.run(model.continuation(prompts, options), options, NoCache(), Quota())
+        assert [list(result.tokens) for result in results] == expected, provider
 
 
 @every_family
@@ -255,3 +255,20 @@ def test_an_export_verifies_with_every_policy_of_the_check(family: str, bundles:
     report = verify(bundles[family], SessionOptions(provider="onnxruntime", threads=1))
     assert report.passed
     assert report.agreement == 1.0
+
+
+# -- a head beside a tied one
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_head_that_illada_stores_beside_its_tied_one_is_left_out_and_said_where_it_differs(
+    changed: bool, published: dict[str, Path], bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    model = shutil.copytree(published["illada"], tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[0, 0] += float(changed)
+    save_file({**tensors, "lm_head.weight": head}, model / "model.safetensors", metadata={"format": "pt"})
+    bundle = export(model, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
+    said = "tied head: config.json says so, though 'lm_head.weight' is there and differs from the embedding"
+    assert bundle.manifest.assumed == ((said,) if changed else ())
+    assert set(bundle.manifest.model_bindings) == {"embedding", "norm"}
+    np.testing.assert_array_equal(logits_of(bundle, draw_tokens()), logits_of(bundles["illada"], draw_tokens()))
