@@ -63,7 +63,9 @@ def mixture(family: str, case: str = "") -> dict[str, tuple[str, ...]]:
 EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "llada": {
         "logits": (f"{UNCACHED}[plain]",),
-        "generation": ("runtime/test_llada_loop.py::test_continuation_equals_the_published_sampler[blocks-none]",),
+        "generation": (
+            "runtime/test_llada_loop.py::test_continuation_equals_the_published_sampler[blocks-False-none]",
+        ),
         "policies": ("test_oracles.py::test_refreshing_everything_on_every_step_equals_no_cache[Kp=Kr=1]",),
         "graphs": (f"{VERIFIED}[gqa]",),
         "engines": (f"{ENGINES}[plain-float16]",),
@@ -72,6 +74,9 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "a2d-qwen3": stock("a2d-qwen3", "qk_norm"),
     "a2d-qwen2": stock("a2d-qwen2", "bias"),
     "a2d-llama": stock("a2d-llama", "gqa"),
+    "dream": stock("dream", "dream"),
+    "open-dcoder": stock("open-dcoder", "dream"),
+    "diffullama": stock("diffullama", "gqa"),
     "llada-moe": {
         **mixture("llada-moe"),
         "generation": (f"{MOE}test_providers_generate_the_same_tokens[all experts-none]",),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dllm_export.graphs.families.converted import wraps_denoiser
 from dllm_export.graphs.families.family import KnownFamily, Marks, Source
 
 STOCK = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM")
 STOCK_TYPES = ("llama", "qwen2", "qwen3", "gpt2", "mistral")
 BY_BLOCKS = "it attends by blocks, of which each sees itself and what lies before it; generation does not do that yet"
-SHIFTED = "its rows predict the token after their own; generation does not do that yet"
 
 
 def has_query_norms(source: Source) -> bool:
@@ -27,11 +27,6 @@ def names_diffcoder(source: Source) -> bool:
 def has_block_length(source: Source) -> bool:
     """Fast-dLLM v2 has Qwen2's layers and the length of its blocks."""
     return source.architecture.startswith("Fast_dLLM") or "bd_size" in source.config
-
-
-def wraps_denoiser(source: Source) -> bool:
-    """Checkpoints of DiffuLLaMA and DiffuGPT as their authors train them."""
-    return any(name.startswith("denoise_model.") for name in source.tensors)
 
 
 def shows_no_diffusion(source: Source) -> bool:
@@ -85,22 +80,10 @@ KNOWN = (
         reason=f"{BY_BLOCKS}, and inside a block a row predicts the next one's token",
     ),
     KnownFamily(
-        name="open-dcoder",
-        title="Open-dCoder-0.5B",
-        marks=Marks(),
-        reason=f"{SHIFTED}; its files look like Qwen2's",
-    ),
-    KnownFamily(
-        name="diffullama",
-        title="DiffuLLaMA-7B",
-        marks=Marks(architectures=("LlamaForCausalLM",), model_types=("llama",), confirm=wraps_denoiser),
-        reason=SHIFTED,
-    ),
-    KnownFamily(
         name="diffugpt",
         title="DiffuGPT small and medium",
         marks=Marks(architectures=("GPT2LMHeadModel",), model_types=("gpt2",), confirm=wraps_denoiser),
-        reason=f"{SHIFTED}, and positions are learned instead of rotated",
+        reason="its layers are GPT-2's, whose positions are learned instead of rotated",
     ),
     KnownFamily(
         name="wedlm",

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from dllm_export.errors import CheckpointError
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
 from dllm_export.exporter.verify import verify
@@ -62,7 +63,11 @@ MODELS = {
     "a2d-qwen2": Model("Qwen2", {"tie_word_embeddings": True}),
     "a2d-llama": Model("Llama", {"tie_word_embeddings": False}),
     "dream": Model("Qwen2", {"tie_word_embeddings": False}),
+    "open-dcoder": Model("Qwen2", {"tie_word_embeddings": True}),
+    "diffullama": Model("Llama", {"tie_word_embeddings": False}),
 }
+NAMED = ("open-dcoder", "diffullama")
+"""Families whose checkpoints look like those of an autoregressive model."""
 every_family = pytest.mark.parametrize("family", MODELS)
 
 SHAPE = ModelShape(
@@ -154,8 +159,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def bundles(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    root, options = tmp_path_factory.mktemp("exported"), ExportOptions(no_tokenizer=True)
-    return {family: export(path, root / family, options) for family, path in published.items()}
+    root = tmp_path_factory.mktemp("exported")
+    return {family: export(path, root / family, options_of(family)) for family, path in published.items()}
+
+
+def options_of(family: str) -> ExportOptions:
+    """As a user exports a checkpoint of it."""
+    return ExportOptions(no_tokenizer=True, indicator_rank=5, family=family if family in NAMED else None)
 
 
 @every_family
@@ -174,12 +184,13 @@ def test_logits_of_a_checkpoint_written_here_equal_those_of_transformers(family:
     shape = replace(
         SHAPE,
         qk_norm=family == "a2d-qwen3",
-        qkv_bias=family in ("a2d-qwen2", "dream"),
-        tied_head=family not in ("a2d-llama", "dream"),
-        shift=family == "dream",
+        qkv_bias=MODELS[family].base == "Qwen2",
+        tied_head=bool(MODELS[family].settings["tie_word_embeddings"]),
+        shift=family in ("dream", *NAMED),
+        indicator_rank=5,
     )
     model = write_random_checkpoint(tmp_path / "model", shape, family=family, shards=3)
-    bundle = export(model, tmp_path / "bundle", ExportOptions(no_tokenizer=True, indicator_rank=0))
+    bundle = export(model, tmp_path / "bundle", options_of(family))
     assert bundle.manifest.shape == shape
     expected = open_published(model, family)(draw_tokens())
     np.testing.assert_allclose(logits_of(bundle, draw_tokens()), expected, rtol=0, atol=CLOSE)
@@ -272,3 +283,27 @@ def test_a_head_that_illada_stores_beside_its_tied_one_is_left_out_and_said_wher
     assert bundle.manifest.assumed == ((said,) if changed else ())
     assert set(bundle.manifest.model_bindings) == {"embedding", "norm"}
     np.testing.assert_array_equal(logits_of(bundle, draw_tokens()), logits_of(bundles["illada"], draw_tokens()))
+
+
+# -- another wrapping of the same tensors
+def test_a_diffullama_as_its_training_code_stores_it_is_recognised_and_the_same_model(
+    published: dict[str, Path], bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    model = shutil.copytree(published["diffullama"], tmp_path / "model")
+    wrapped = {
+        name.replace("model.", "" if "embed_tokens" in name else "denoise_model.", 1): tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    assert {"embed_tokens.weight", "denoise_model.layers.0.mlp.up_proj.weight", "lm_head.weight"} < wrapped.keys()
+    save_file(wrapped, model / "model.safetensors", metadata={"format": "pt"})
+    bundle = export(model, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
+    assert bundle.manifest.family == "diffullama"
+    np.testing.assert_array_equal(logits_of(bundle, draw_tokens()), logits_of(bundles["diffullama"], draw_tokens()))
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_a_checkpoint_that_looks_autoregressive_is_refused_until_its_family_is_named(
+    family: str, published: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"autoregressive .*--family"):
+        export(published[family], tmp_path / "bundle", ExportOptions(no_tokenizer=True))
