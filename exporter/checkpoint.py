@@ -86,12 +86,13 @@ def open_checkpoint(
     source = Source(config=raw, tensors=frozenset(shapes), mask_id=mask_id, find_token=finder)
     config = detect_family(source, family).read_config(source)
     expected = expected_tensors(config)
-    unused = {config.names.head} if config.shape.tied_head else set()
-    _compare(expected, {name: shape for name, shape in shapes.items() if name not in unused})
+    spare = {config.names.head} & shapes.keys() if config.shape.tied_head else set()
+    _compare(expected, {name: shape for name, shape in shapes.items() if name not in spare})
     if layers is not None:
         config = truncate(config, layers)
         expected = expected_tensors(config)
-    return Checkpoint(path, source.architecture or config.family, config, {name: shards[name] for name in expected})
+    places = {name: shards[name] for name in (*expected, *spare)}
+    return Checkpoint(path, source.architecture or config.family, config, places)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -81,7 +81,7 @@ def export(
             model_bindings=stored.model,
             tokenizer=tokenizer.record if tokenizer else None,
             probe=probe.save(root),
-            assumed=(*checkpoint.config.assumed, *(tokenizer.assumed if tokenizer else ())),
+            assumed=(*checkpoint.config.assumed, *stored.notes, *(tokenizer.assumed if tokenizer else ())),
             source=_source_digests(model, options.tokenizer or model),
             tools=_tool_versions(),
             files=list_files(root),

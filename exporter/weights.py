@@ -45,6 +45,8 @@ class StoredWeights:
 
     layers: tuple[dict[str, WeightRecord], ...]
     model: dict[str, WeightRecord]
+    notes: tuple[str, ...] = ()
+    """What was left out, as sentences."""
 
 
 def layer_file(layer: int) -> str:
@@ -85,7 +87,18 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
             weights.clear()
             raw.clear()  # or the shard stays mapped
         yield None
-    yield StoredWeights(tuple(layers), model | _write_model(checkpoint, dtype, root, probe, conditioning))
+    model |= _write_model(checkpoint, dtype, root, probe, conditioning)
+    yield StoredWeights(tuple(layers), model, tuple(_find_spare_head(checkpoint)))
+
+
+def _find_spare_head(checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence where a checkpoint with a tied head holds another one; a copy of the embedding, as iLLaDA's, is nothing."""
+    names = checkpoint.config.names
+    if not checkpoint.config.shape.tied_head or names.head not in checkpoint.shards:
+        return
+    with checkpoint.reading() as load:
+        if not torch.equal(load(names.head), load(names.embedding)):
+            yield f"tied head: config.json says so, though '{names.head}' is there and differs from the embedding"
 
 
 def load_layer(config: ModelConfig, load: Load, layer: int) -> dict[str, torch.Tensor]:

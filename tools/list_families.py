@@ -1,4 +1,4 @@
-"""`dllm-export families`: which checkpoints can be exported, and why others cannot."""
+"""`dllm-export families`: which checkpoints can be exported, what applies to them, and why others cannot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import click
 
-from dllm_export.graphs.families import FAMILIES, KNOWN_FAMILIES, Marks
+from dllm_export.graphs.families import FAMILIES, KNOWN_FAMILIES, Family, Marks, SamplerDefaults
+from dllm_export.runtime.policies import POLICIES, SharedPrefix
+from dllm_export.runtime.transfers import TRANSFERS
 from dllm_export.tools.flags import Command, shared_flags
 from dllm_export.tools.output import make_table, print_json, print_table
 
@@ -20,8 +22,15 @@ class FamilyLine:
     recognised_by: str
     """The architecture in config.json, else the model type or the files."""
     supported: bool
-    reason: str
-    """What is missing, for families that are recognised and refused."""
+    generates: bool = False
+    """Whether generation runs it; else its bundles are for export and verification alone."""
+    sizes: tuple[str, ...] = ()
+    layout: str = ""
+    sampler: SamplerDefaults | None = None
+    policies: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    reason: str = ""
+    """What does not work, or for families that are recognised and refused, what is missing."""
 
 
 @click.command("families", cls=Command)
@@ -35,9 +44,16 @@ def command(as_json: bool) -> None:
     if as_json:
         print_json(lines)
         return
-    table = make_table("family", "checkpoints", "recognised by", "status")
+    table = make_table("family", "checkpoints", "sampler", "status")
     for line in lines:
-        table.add_row(line.name, line.checkpoints, line.recognised_by, "supported" if line.supported else line.reason)
+        if line.supported:
+            table.add_row(line.name, line.checkpoints, describe_sampler(line.sampler), describe_status(line))
+    print_table(table)
+    click.echo()
+    table = make_table("refused", "checkpoints", "why")
+    for line in lines:
+        if not line.supported:
+            table.add_row(line.name, line.checkpoints, line.reason)
     print_table(table)
 
 
@@ -49,7 +65,13 @@ def list_families() -> list[FamilyLine]:
             checkpoints=family.title,
             recognised_by=describe_marks(family.marks),
             supported=True,
-            reason="",
+            generates=family.generates,
+            sizes=family.sizes,
+            layout=family.layout,
+            sampler=family.sampler,
+            policies=list_policies(family),
+            rules=list_rules(family),
+            reason=family.limits,
         )
         for family in FAMILIES.values()
     ]
@@ -68,5 +90,38 @@ def list_families() -> list[FamilyLine]:
 
 def describe_marks(marks: Marks) -> str:
     """The first thing that a checkpoint of the family shows."""
+    if marks == Marks():
+        return "its name alone"
     shown = (*marks.architectures, *(f"model_type {kind}" for kind in marks.model_types if kind), *marks.files)
     return shown[0] if shown else "a nested configuration"
+
+
+def describe_status(line: FamilyLine) -> str:
+    """How far a supported family goes."""
+    status = "supported" if line.generates else "export and verify only"
+    return f"{status}: {line.reason}" if line.reason else status
+
+
+def describe_sampler(sampler: SamplerDefaults | None) -> str:
+    """The sampling of the family's own code."""
+    if sampler is None:
+        return ""
+    temperature = f", temperature {sampler.temperature:g}" if sampler.temperature else ""
+    return f"{sampler.transfer}, {sampler.gen_length} in blocks of {sampler.block_length}{temperature}"
+
+
+def sees_noise(family: Family) -> bool:
+    """Whether its layers see the noise level of a step, as its own rule does."""
+    return family.sampler is not None and TRANSFERS[family.sampler.transfer].sees_noise
+
+
+def list_policies(family: Family) -> tuple[str, ...]:
+    """Cache policies that go with it; features that follow the noise level are no other request's."""
+    return tuple(
+        name for name in POLICIES if family.generates and not (sees_noise(family) and name == SharedPrefix.name)
+    )
+
+
+def list_rules(family: Family) -> tuple[str, ...]:
+    """Decoding rules that go with it."""
+    return tuple(name for name, rule in TRANSFERS.items() if family.generates and rule.sees_noise == sees_noise(family))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from dllm_export.graphs.families.a2d import A2D
 from dllm_export.graphs.families.bd3lm import BD3LM
+from dllm_export.graphs.families.converted import DIFFULLAMA, OPEN_DCODER
 from dllm_export.graphs.families.detection import find_family, refuse_files
 from dllm_export.graphs.families.dream import DREAM
 from dllm_export.graphs.families.family import (
@@ -34,9 +35,11 @@ from dllm_export.graphs.families.mdlm import MDLM
 from dllm_export.graphs.families.sdar_moe import SDAR_MOE
 from dllm_export.graphs.families.sedd import SEDD
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLADA, ILLADA, DREAM, *A2D, LLADA_MOE, LLADA2, SDAR_MOE, MDLM, BD3LM, SEDD)
-}
+ALL = (
+    *(LLADA, ILLADA, DREAM, *A2D, OPEN_DCODER, DIFFULLAMA),
+    *(LLADA_MOE, LLADA2, SDAR_MOE, MDLM, BD3LM, SEDD),
+)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in ALL}
 """Families that can be exported."""
 
 KNOWN_FAMILIES: Mapping[str, KnownFamily] = {family.name: family for family in KNOWN}

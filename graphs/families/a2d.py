@@ -7,7 +7,9 @@ from dllm_export.graphs.families.huggingface import HuggingFaceLayout
 from dllm_export.graphs.families.special_tokens import ReleasedTokens
 
 
-def make_family(base: str, title: str, released: ReleasedTokens, *, tied_head: bool) -> Family:
+def make_family(
+    base: str, title: str, released: ReleasedTokens, *, tied_head: bool, sizes: tuple[str, ...] = ()
+) -> Family:
     """The family of checkpoints that were converted from this base."""
     name = f"a2d-{base.lower()}"
     layout = HuggingFaceLayout(
@@ -18,7 +20,16 @@ def make_family(base: str, title: str, released: ReleasedTokens, *, tied_head: b
         tied_head=tied_head,
     )
     marks = Marks(architectures=(f"A2D{base}LMHeadModel",), model_types=(name,))
-    return Family(name=name, title=title, marks=marks, read_config=layout.read_config)
+    return Family(
+        name=name,
+        title=title,
+        marks=marks,
+        read_config=layout.read_config,
+        sizes=sizes,
+        layout=layout.title,
+        sampler=layout.sampler,
+        limits="not those trained by blocks (bd3lm), which look the same",
+    )
 
 
 A2D = (
@@ -29,14 +40,16 @@ A2D = (
             title="A2D Qwen3", vocab=151936, mask=151669, eos=151645, pad=151643, texts=("<|mask|>", "<|MASK|>")
         ),
         tied_head=True,
+        sizes=("0.60 B",),
     ),
     make_family(
         "Qwen2",
         "A2D Qwen2.5-Coder-0.5B",
         ReleasedTokens(title="A2D Qwen2", vocab=151936, eos=151645, pad=151643, texts=("<|mask|>",)),
         tied_head=True,
+        sizes=("0.49 B",),
     ),
     make_family(
-        "Llama", "A2D of a Llama", ReleasedTokens(title="A2D Llama", vocab=0, texts=("<|mask|>",)), tied_head=False
+        "Llama", "A2D of Llama models", ReleasedTokens(title="A2D Llama", vocab=0, texts=("<|mask|>",)), tied_head=False
     ),
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families import mdlm
+from dllm_export.graphs.families.dit import LAYOUT
 from dllm_export.graphs.families.family import Family, Marks, ModelConfig, Source, read_size
 
 REQUIRED = (("adaln", True), ("cross_attn", True), ("causal", False))
@@ -25,7 +26,12 @@ def read_config(source: Source) -> ModelConfig:
 
 BD3LM = Family(
     name="bd3lm",
-    title="BD3-LM (export only: generation does not attend by blocks yet)",
+    title="BD3-LM-owt, blocks of 4, 8 or 16",
     marks=Marks(architectures=("BD3LM",), model_types=("bd3lm",)),
     read_config=read_config,
+    sizes=("0.17 B",),
+    layout=LAYOUT,
+    sampler=mdlm.SAMPLER,
+    generates=False,
+    limits="generation does not attend by blocks yet",
 )

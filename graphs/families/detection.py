@@ -19,7 +19,9 @@ def find_family(
     elif name in supported or name in known:
         found = supported[name] if name in supported else known[name]
     else:
-        raise CheckpointError(f"no family is called {name!r}; there are: {', '.join(supported)}")
+        raise CheckpointError(
+            f"no family is called {name!r}; there are: {', '.join(supported)} ('dllm-export families' says more)"
+        )
     if isinstance(found, KnownFamily):
         raise CheckpointError(f"family {found.title} is recognised but not supported: {found.reason}")
     return found
@@ -51,4 +53,6 @@ def match_family(families: Iterable[Family | KnownFamily], source: Source) -> Fa
             return bearing[0]
     evidence = ", ".join(f"{key} {source.config.get(key)!r}" for key in ("architectures", "model_type"))
     names = "; ".join(f"{family.name} ({family.title})" for family in families if isinstance(family, Family))
-    raise CheckpointError(f"config.json describes no supported family: {evidence}. Supported: {names}")
+    raise CheckpointError(
+        f"config.json describes no supported family: {evidence}. Supported: {names}; 'dllm-export families' lists all"
+    )

@@ -11,6 +11,7 @@ from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.family import LAYER_LIMIT, TensorNames, read_size
 from dllm_export.graphs.shape import ModelShape
 
+LAYOUT = "diffusion transformer"
 TOKENIZER = "GPT-2's (openai-community/gpt2)"
 """None of these checkpoints is published with a tokenizer."""
 

@@ -38,4 +38,7 @@ DREAM = Family(
     title="Dream-v0, Dream-Coder, DiffuCoder",
     marks=Marks(architectures=("DreamModel", "DreamForCausalLM"), model_types=("Dream", "dream"), confirm=has_biases),
     read_config=LAYOUT.read_config,
+    sizes=("7.62 B",),
+    layout=LAYOUT.title,
+    sampler=LAYOUT.sampler,
 )

@@ -181,8 +181,18 @@ class Family:
 
     name: str
     title: str
+    """The released checkpoints."""
     marks: Marks
     read_config: Callable[[Source], ModelConfig]
+    sizes: tuple[str, ...] = ()
+    """Parameters of the released checkpoints, each size once."""
+    layout: str = ""
+    """Whose tensor names they have."""
+    sampler: SamplerDefaults | None = None
+    generates: bool = True
+    """Whether generation runs them; else their bundles are for export and verification alone."""
+    limits: str = ""
+    """What does not work with them, as a sentence; nothing where all does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +203,7 @@ class KnownFamily:
     title: str
     marks: Marks
     reason: str
-    """What an export would need, as the end of a sentence."""
+    """What an export would need, or what is possible instead, as the end of a sentence."""
 
 
 V = TypeVar("V", int, float, bool, str)

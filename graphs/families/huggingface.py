@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.family import (
@@ -60,6 +61,7 @@ def read_no_experts(raw: Mapping[str, object]) -> Experts | None:
 class HuggingFaceLayout:
     """What differs between families of this layout, and what their configurations leave out."""
 
+    title: ClassVar[str] = "Hugging Face Llama, Qwen"
     family: str
     sampler: SamplerDefaults
     released: ReleasedTokens

@@ -17,4 +17,7 @@ ILLADA = Family(
     title="iLLaDA-8B Base/Instruct",
     marks=Marks(architectures=("ILLaDAForCausalLM",), model_types=("illada",)),
     read_config=LAYOUT.read_config,
+    sizes=("7.62 B",),
+    layout=LAYOUT.title,
+    sampler=LAYOUT.sampler,
 )

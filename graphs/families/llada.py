@@ -17,6 +17,7 @@ from dllm_export.graphs.families.family import (
 from dllm_export.graphs.families.special_tokens import ReleasedTokens, read_tokens
 from dllm_export.graphs.shape import ModelShape
 
+SAMPLER = SamplerDefaults(gen_length=128, block_length=128)
 RELEASED = ReleasedTokens(title="LLaDA", vocab=126464, mask=126336, eos=126081, pad=126081)
 
 UNSUPPORTED = (
@@ -84,7 +85,7 @@ def read_config(source: Source) -> ModelConfig:
         family="llada",
         shape=shape,
         tokens=tokens,
-        sampler=SamplerDefaults(gen_length=128, block_length=128),
+        sampler=SAMPLER,
         names=tensor_names(read_size(raw, "block_group_size", 1)),
         end_of_turn="<|eot_id|>",
         assumed=assumed,
@@ -124,4 +125,7 @@ LLADA = Family(
     title="LLaDA-8B Base/Instruct, LLaDA-1.5",
     marks=Marks(architectures=("LLaDAModelLM",), model_types=("llada",), confirm=confirm),
     read_config=read_config,
+    sizes=("8.02 B",),
+    layout="LLaDA",
+    sampler=SAMPLER,
 )

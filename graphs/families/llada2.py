@@ -79,10 +79,15 @@ LAYOUT = HuggingFaceLayout(
 )
 LLADA2 = Family(
     name="llada2",
-    title="LLaDA2.0/2.1 mini and flash (export only: generation does not attend by blocks yet)",
+    title="LLaDA2.0/2.1 mini and flash",
     marks=Marks(
         architectures=("LLaDA2MoeModelLM", "LLaDA2Moe*"),
         model_types=("llada2_moe", "llada21_moe", "llada2_moe_veomni"),
     ),
     read_config=LAYOUT.read_config,
+    sizes=("16.26 B", "102.89 B"),
+    layout="LLaDA2",
+    sampler=LAYOUT.sampler,
+    generates=False,
+    limits="generation does not attend by blocks yet",
 )

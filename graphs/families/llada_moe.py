@@ -51,4 +51,7 @@ LLADA_MOE = Family(
         architectures=("LLaDAMoEModelLM", "LLaDAMoE*"), model_types=("llada", "lladamoe"), confirm=confirm_experts
     ),
     read_config=LAYOUT.read_config,
+    sizes=("7.36 B",),
+    layout=LAYOUT.title,
+    sampler=LAYOUT.sampler,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dllm_export.errors import CheckpointError
-from dllm_export.graphs.families.dit import TOKENIZER, read_shape, tensor_names
+from dllm_export.graphs.families.dit import LAYOUT, TOKENIZER, read_shape, tensor_names
 from dllm_export.graphs.families.family import (
     Family,
     Marks,
@@ -16,6 +16,7 @@ from dllm_export.graphs.families.family import (
 from dllm_export.graphs.families.special_tokens import ReleasedTokens, read_tokens
 
 RELEASED = ReleasedTokens(title="MDLM", vocab=50258, mask=50257, eos=50256, pad=50256)
+SAMPLER = SamplerDefaults(gen_length=128, block_length=128, temperature=1.0, transfer="ddpm-cache")
 KEYS = {"width": "hidden_dim", "layers": "n_blocks", "heads": "n_heads", "length": "model_length"}
 CONDITIONING = 129
 """Default of the published configuration class; released files state 128."""
@@ -35,7 +36,7 @@ def read_config(source: Source) -> ModelConfig:
         family="mdlm",
         shape=shape,
         tokens=tokens,
-        sampler=SamplerDefaults(gen_length=128, block_length=128, temperature=1.0, transfer="ddpm-cache"),
+        sampler=SAMPLER,
         names=tensor_names("backbone."),
         conditioning=read_size(raw, "cond_dim", CONDITIONING),
         tokenizer=TOKENIZER,
@@ -48,4 +49,7 @@ MDLM = Family(
     title="MDLM-owt",
     marks=Marks(architectures=("MDLM",), model_types=("mdlm",)),
     read_config=read_config,
+    sizes=("0.17 B",),
+    layout=LAYOUT,
+    sampler=SAMPLER,
 )

@@ -42,7 +42,12 @@ LAYOUT = HuggingFaceLayout(
 )
 SDAR_MOE = Family(
     name="sdar-moe",
-    title="SDAR-30B-A3B (export only: generation does not attend by blocks yet)",
+    title="SDAR-30B-A3B",
     marks=Marks(architectures=("SDARMoeForCausalLM", "SDARMoe*"), model_types=("sdar_moe",)),
     read_config=LAYOUT.read_config,
+    sizes=("30.53 B",),
+    layout=LAYOUT.title,
+    sampler=LAYOUT.sampler,
+    generates=False,
+    limits="generation does not attend by blocks yet",
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dllm_export.errors import CheckpointError
-from dllm_export.graphs.families.dit import TOKENIZER, read_shape, tensor_names
+from dllm_export.graphs.families.dit import LAYOUT, TOKENIZER, read_shape, tensor_names
 from dllm_export.graphs.families.family import (
     Family,
     Marks,
@@ -19,6 +19,7 @@ from dllm_export.graphs.families.family import (
 from dllm_export.graphs.families.special_tokens import ReleasedTokens, read_tokens
 
 RELEASED = ReleasedTokens(title="SEDD", vocab=50258, mask=50257, eos=50256, pad=50256)
+SAMPLER = SamplerDefaults(gen_length=128, block_length=128, temperature=1.0, transfer="sedd")
 KEYS = {"width": "hidden_size", "layers": "n_blocks", "heads": "n_heads", "length": "length"}
 REQUIRED = (
     # part, key, required value, what another one would need
@@ -50,7 +51,7 @@ def read_config(source: Source) -> ModelConfig:
         family="sedd",
         shape=replace(shape, conditioning=width),
         tokens=ids,
-        sampler=SamplerDefaults(gen_length=128, block_length=128, temperature=1.0, transfer="sedd"),
+        sampler=SAMPLER,
         names=tensor_names(""),
         conditioning=width,
         # The ratios are scaled by the number of other states, and by the noise level, which is the sampler's to do.
@@ -65,4 +66,8 @@ SEDD = Family(
     title="SEDD small/medium",
     marks=Marks(model_types=("",), confirm=is_nested),
     read_config=read_config,
+    sizes=("0.17 B", "0.42 B"),
+    layout=LAYOUT,
+    sampler=SAMPLER,
+    limits="features follow the noise level, so that requests cannot share those of a prefix",
 )
