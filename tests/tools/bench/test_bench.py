@@ -258,7 +258,7 @@ def test_plain_pytorch_gets_the_weights_of_the_bundle_where_it_has_no_checkpoint
 
     unknown = {name: bundle for name, bundle in tiny_bundles.items() if bundle.manifest.family != "llada"}
     assert 0 < len(unknown) < len(tiny_bundles)
-    for name, bundle in unknown.items():
+    for bundle in unknown.values():
         with pytest.raises(IncompatibleError, match=bundle.manifest.family):
             unfuse_eager(bundle, torch.float32)
     for name in tiny_bundles.keys() - unknown.keys():
