@@ -1,4 +1,4 @@
-"""Time spent inside a provider."""
+"""Time spent inside a provider, or inside strategies."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Clock:
-    """Adds up the time spent inside a provider."""
+    """Adds up the time spent on one kind of work."""
 
     seconds: float = 0.0
 
     def time(self, work: Callable[[], T]) -> T:
-        """Do provider work, such as running a program or waiting for its results, and count its time."""
+        """Do such work and count its time: of a provider, running a program or waiting for its results."""
         start = time.perf_counter()
         result = work()
         self.seconds += time.perf_counter() - start

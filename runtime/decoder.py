@@ -45,8 +45,11 @@ class Decoder:
         self._head, self._special, self._request = head, special, request
         self._options, self._transfer, self._clock = options, transfer, clock
         batch = request.shape.batch
+        self.foresees = is_foreseen(options, transfer)
+        """Whether what is drawn before a step settles which rows it decides."""
         self._predictors = request.predictors
         self.canvas: NDArray[np.int32] = request.canvas.copy()
+        self.response = self.canvas[:, request.shape.prompt_rows :]  # view [B, R]
         self.confidence = np.full((batch, request.shape.response_rows), np.nan)  # of the rows decided so far
         self._asked = self.masked(request.shape.response_rows)
         self._rngs = [np.random.default_rng(options.seed + row) for row in range(batch)]
@@ -61,15 +64,11 @@ class Decoder:
         self._banned = frozenset({special.mask, *((special.eos,) if options.logits_eos_inf else ())})
         self._ranked_last = special.ends if options.confidence_eos_eot_inf else frozenset[int]()
 
-    @property
-    def response(self) -> NDArray[np.int32]:
-        """View of the response rows of the canvas [B, R]."""
-        return self.canvas[:, self._request.shape.prompt_rows :]
-
     def masked(self, end: int) -> NDArray[np.bool_]:
         """Undecided response rows before row `end` [B, R]."""
         masked: NDArray[np.bool_] = np.equal(self.response, self._special.mask)
-        masked[:, end:] = False
+        if end < masked.shape[1]:
+            masked[:, end:] = False
         return masked
 
     def foresee(self, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_] | None:
@@ -78,12 +77,15 @@ class Decoder:
         return self._upcoming
 
     def _foresee(self, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        ordered = self._options.remasking == "random"
+        if not (ordered or self._transfer.draws):
+            return None
         masked = self.masked((block + 1) * self._request.schedule.block_length)
-        if self._options.remasking == "random":
+        if ordered:
             self._orders = [rng.random(int(row.sum())) for rng, row in zip(self._rngs, masked, strict=True)]
         if self._transfer.draws:
             self._draws = [rng.random(int(row.sum())) for rng, row in zip(self._rngs, masked, strict=True)]
-        if not is_foreseen(self._options, self._transfer):
+        if not self.foresees:
             return None
         upcoming = np.zeros(masked.shape, np.bool_)
         for sequence, row in enumerate(masked):
@@ -102,10 +104,12 @@ class Decoder:
 
         It needs one where the rule verifies and some sequence still has masked rows in the block beside decided ones.
         """
+        if not self._transfer.verifies:
+            return None
         span = self._span(block)
         open_rows = self.masked(span[1]).any(1)
         decided = (len(self._decided(sequence, span)) > 0 for sequence in np.flatnonzero(open_rows).tolist())
-        return self._asked[:, slice(*span)] if self._transfer.verifies and any(decided) else None
+        return self._asked[:, slice(*span)] if any(decided) else None
 
     def begin(self, block: int) -> NDArray[np.int64]:
         """Masks of each sequence [B] up to the end of a block, which begins now."""
@@ -120,7 +124,6 @@ class Decoder:
         `shadow` [B, n, D] are the hidden rows of the block's shadow, where `find_shadow` asked for one.
         """
         span = self._span(block)
-        length = span[1] - span[0]
         masked = self.masked(span[1])
         committed = np.zeros(masked.shape, np.bool_)
         draws = self._draws
@@ -128,11 +131,11 @@ class Decoder:
             # The rows are known, so that the head need not look at others, nor random numbers be spent on them.
             draws = [draw[self._upcoming[n, masked[n]]] for n, draw in enumerate(draws)] if draws else None
             masked &= self._upcoming
-        counts = masked.sum(1)
-        if not counts.any():
+        rows = [mask.nonzero()[0] for mask in masked]
+        most = max(map(len, rows))
+        if not most:
             return committed
-        index = np.zeros((len(counts), bucket(int(counts.max()), length)), np.int32)
-        rows = [np.flatnonzero(mask) for mask in masked]
+        index = np.zeros((len(rows), bucket(most, span[1] - span[0])), np.int32)
         for sequence, places in enumerate(rows):
             index[sequence, : len(places)] = self._predictors[sequence, places]
         greedy = self._transfer.is_greedy(block_step, self._request.schedule.steps_per_block)
@@ -187,7 +190,7 @@ class Decoder:
                 logsumexp=candidates.logsumexp[sequence, : len(places)].astype(np.float64),
                 memory=self._memories[sequence],
             )
-            committed[sequence] = self._commit(sequence, state, proposal)
+            committed[sequence, self._commit(sequence, state, proposal)] = True
         return committed | self._fill_after_end() if self._options.early_stop else committed
 
     def _temper(
@@ -200,19 +203,18 @@ class Decoder:
             return None
         return temper(candidates, sequence, count, temperature=temperature, top_p=options.top_p, top_k=options.top_k)
 
-    def _commit(self, sequence: int, state: TransferState, proposal: Proposal) -> NDArray[np.bool_]:
-        """Write the rule's choice to the canvas; which rows it committed [R]."""
+    def _commit(self, sequence: int, state: TransferState, proposal: Proposal) -> NDArray[np.int64]:
+        """Write the rule's choice to the canvas; the rows that it committed."""
         choice = choose_rows(self._transfer, state)
         self._memories[sequence] = choice.memory
         places = state.rows[choice.commit]
         self.response[sequence, places] = proposal.tokens[choice.commit]
         self.confidence[sequence, places] = proposal.confidence[choice.commit]
-        again = state.decided[choice.remask]
-        self.response[sequence, again] = self._special.mask
-        self.confidence[sequence, again] = np.nan
-        committed = np.zeros(self.response.shape[1], np.bool_)
-        committed[places] = True
-        return committed
+        if len(choice.remask):
+            again = state.decided[choice.remask]
+            self.response[sequence, again] = self._special.mask
+            self.confidence[sequence, again] = np.nan
+        return places
 
     def _span(self, block: int) -> tuple[int, int]:
         """First row of a block and the one after its last, among the response's."""
@@ -239,7 +241,8 @@ class Decoder:
         """Rows of the block that were decided here; given text is none of them."""
         start, end = span
         decided = self._asked[sequence, start:end] & (self.response[sequence, start:end] != self._special.mask)
-        return start + np.flatnonzero(decided)
+        rows: NDArray[np.int64] = start + decided.nonzero()[0]
+        return rows
 
     def _fill_after_end(self) -> NDArray[np.bool_]:
         """Every masked row behind an end of text becomes one too, without a confidence; returns which did [B, R]."""

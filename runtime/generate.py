@@ -50,6 +50,8 @@ class Frame:
     """Forward passes so far; guidance adds its own."""
     engine_seconds: float
     """Time of this step inside the provider."""
+    strategy_seconds: float
+    """Time of this step that the cache policy took for its plan, and sampler and decoding rule for their decisions."""
     seconds: float
     """Time of this step in all."""
 
@@ -120,6 +122,7 @@ class Denoiser:
     _upcoming: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step will decide
     _residual: NDArray[np.bool_] = field(init=False)  # [B, R] rows that the guidance residual was computed for, led
     _clock: Clock = field(init=False, default_factory=Clock)
+    _strategies: Clock = field(init=False, default_factory=Clock)
     _passes: int = field(init=False, default=0)
     _conditional: Passes = field(init=False, default_factory=Passes)
     _unconditional: Passes = field(init=False, default_factory=Passes)
@@ -191,9 +194,9 @@ class Denoiser:
 
     def _step(self, step: int, block: int, block_step: int, quota: NDArray[np.int64]) -> Frame | None:
         """The frame of a step, or None where the rule commits nothing and so runs nothing."""
-        start, before = time.perf_counter(), self._clock.seconds
-        idles, foreseen = self.transfer.idles, is_foreseen(self.options, self.transfer)
-        if idles and not foreseen and not quota.any():
+        start, before, decided_before = time.perf_counter(), self._clock.seconds, self._strategies.seconds
+        idles = self.transfer.idles
+        if idles and not self._decoder.foresees and not quota.any():
             return None
         self._upcoming = self._decoder.foresee(block, block_step, quota)
         if idles and self._upcoming is not None and not self._upcoming.any():
@@ -203,7 +206,9 @@ class Denoiser:
             self._clock.time(self.workspace.conditioner.prepare(level))
         plan = self._forward(step, block)
         hidden, shadow = self.workspace.conditional.hidden, self._run_shadow(plan, block)
-        committed = self._decoder.decide(hidden, block, block_step, quota, shadow)
+        engines = self._clock.seconds
+        committed = self._strategies.time(lambda: self._decoder.decide(hidden, block, block_step, quota, shadow))
+        self._strategies.seconds -= self._clock.seconds - engines  # the head runs in between
         recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
         lead = self.request.shape.lead
         return Frame(
@@ -217,6 +222,7 @@ class Denoiser:
             recomputed=None if recomputed is None else recomputed[:, lead:],
             passes=self._passes,
             engine_seconds=self._clock.seconds - before,
+            strategy_seconds=self._strategies.seconds - decided_before,
             seconds=time.perf_counter() - start,
         )
 
@@ -230,9 +236,11 @@ class Denoiser:
     # -- run
     def _forward(self, step: int, block: int) -> StepPlan:
         state, plan = self._run_trunk(self.workspace.conditional, self._conditional, self._decoder.canvas, block)
+        if not self._guided:
+            return plan
         due = (step - 1) % self.options.cfg_interval == 0 or step <= GUIDANCE_WARMUP
         missing = state.needed & ~self._residual
-        if self._guided and (due or missing.any()):
+        if due or missing.any():
             _, other = self._run_trunk(self.workspace.unconditional, self._unconditional, self._blank(), block)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
             self._clock.time(self.workspace.head.prepare_guidance(*hidden))
@@ -267,8 +275,7 @@ class Denoiser:
         self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int
     ) -> tuple[StepState, StepPlan]:
         passes.advance(block)
-        state = self._state(passes)
-        plan = make_plan(self.policy, state)
+        state, plan = self._strategies.time(lambda: self._plan(passes))
         passes.masked, passes.compacted = state.masked, plan.compaction or passes.compacted
         if passes.sharing is not None and plan.join is not None:
             self._clock.time(passes.sharing.load())
@@ -279,8 +286,13 @@ class Denoiser:
         self._passes += 1
         return state, plan
 
+    def _plan(self, passes: Passes) -> tuple[StepState, StepPlan]:
+        """What the policy looks at, and what it makes of it."""
+        state = self._state(passes)
+        return state, make_plan(self.policy, state)
+
     def _state(self, passes: Passes) -> StepState:
-        request, length = self.request.shape, self.request.schedule.block_length
+        request, length, lead = self.request.shape, self.request.schedule.block_length, self.request.shape.lead
         masked = self._led(self._decoder.masked(request.response_rows))
         before = masked if passes.masked is None else passes.masked
         upcoming = None if self._upcoming is None else self._led(self._upcoming)
@@ -293,8 +305,8 @@ class Denoiser:
             block_step=passes.block_step,
             block=(start, start + length),
             layers=self.shape.layers,
-            prompt_rows=request.led.prompt_rows,
-            response_rows=request.led.response_rows,
+            prompt_rows=request.prompt_rows - lead,
+            response_rows=request.response_rows + lead,
             padding=tuple(self.request.padding.tolist()),
             shift=request.shift,
             masked=masked,
@@ -308,7 +320,8 @@ class Denoiser:
 
     def _led(self, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Masks of response rows [B, R] with those of the rows that lead it, which are given."""
-        return np.pad(rows, ((0, 0), (self.request.shape.lead, 0)))
+        lead = self.request.shape.lead
+        return np.pad(rows, ((0, 0), (lead, 0))) if lead else rows
 
 
 def check_model(shape: ModelShape, transfer: Transfer) -> None:

@@ -41,6 +41,9 @@ class Generation:
     steps_by_kind: dict[str, int]
     seconds: float
     engine_seconds: float
+    """Time inside the provider."""
+    strategy_seconds: float
+    """Time that the cache policy took for its plans, and sampler and decoding rule for their decisions."""
 
     @property
     def partial_share(self) -> float:
@@ -231,6 +234,7 @@ class DiffusionLM:
                     steps_by_kind=dict(Counter(frame.kind for frame in frames)),
                     seconds=seconds,
                     engine_seconds=sum(frame.engine_seconds for frame in frames),
+                    strategy_seconds=sum(frame.strategy_seconds for frame in frames),
                 )
             )
         return results

@@ -70,20 +70,21 @@ def propose(
     `ranking_logsumexp` [B, Q] normalises the confidence instead of the head's own, and `ranked_last` tokens get
     confidence 0: the end-of-text option.
     """
-    tokens = candidates.top_tokens[sequence, :count]
-    logits = candidates.top_logits[sequence, :count].astype(np.float64)
     if temperature > 0 and candidates.drawn is not None:
         return _propose_drawn(candidates, sequence, count)
+    tokens, logits = candidates.top_tokens[sequence, :count], candidates.top_logits[sequence, :count]
     if temperature > 0:
         noise = rng.random(logits.shape)
-        scores = logits if tempered is None else np.where(np.isfinite(tempered), logits, -np.inf)
+        scores = logits.astype(np.float64)
+        scores = scores if tempered is None else np.where(np.isfinite(tempered), scores, -np.inf)
         choice = np.argmax(scores - temperature * np.log(-np.log(np.maximum(noise, np.finfo(np.float64).tiny))), axis=1)
+        rows = np.arange(count)
+        chosen, logit = tokens[rows, choice], logits[rows, choice]
     else:
         choice = np.zeros(count, np.int64)
-    rows = np.arange(count)
+        chosen, logit = tokens[:, 0], logits[:, 0]
     total = (candidates.logsumexp if ranking_logsumexp is None else ranking_logsumexp)[sequence, :count]
-    chosen = tokens[rows, choice]
-    confidence = np.exp(logits[rows, choice] - total.astype(np.float64))
+    confidence = np.exp(logit.astype(np.float64) - total)
     if ranked_last:
         confidence[np.isin(chosen, list(ranked_last))] = 0.0
     return Proposal(chosen, confidence, choice)
@@ -143,5 +144,5 @@ def _rank_tempered(remasking: Remasking, tempered: NDArray[np.float64], proposal
 def share(candidates: Candidates, sequence: int, count: int, place: int) -> NDArray[np.float64]:
     """Probability of the token at this place of the order, 0 the likeliest, of the first `count` candidates [n]."""
     logits = candidates.top_logits[sequence, :count, place].astype(np.float64)
-    probability: NDArray[np.float64] = np.exp(logits - candidates.logsumexp[sequence, :count].astype(np.float64))
+    probability: NDArray[np.float64] = np.exp(logits - candidates.logsumexp[sequence, :count])
     return probability

@@ -52,7 +52,7 @@ def divisors(number: int) -> str:
 
 def commit_counts(masks: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
     """Masks per sequence [B] -> tokens to commit per step [B, steps]: split evenly, the remainder to the first steps."""
-    base, remainder = masks // steps, masks % steps
+    base, remainder = np.divmod(masks, steps)
     return base[:, None] + (np.arange(steps)[None, :] < remainder[:, None])
 
 

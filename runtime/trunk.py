@@ -49,8 +49,10 @@ class Trunk:
 
     def prepare(self, plan: StepPlan, tokens: NDArray[np.int32]) -> Program:
         """Upload the alive rows of the canvas [B, S] and return the step's program; caches count as written after it."""
-        self._tokens(plan).write(np.take_along_axis(tokens, self._alive(plan), axis=1))
-        if plan.rows is not None:
+        if plan.rows is None:
+            self._tokens(plan).write(tokens[:, self._first(plan) :])
+        else:
+            self._tokens(plan).write(np.take_along_axis(tokens, self._alive(plan), axis=1))
             self._place(plan.rows)
         if plan.forced is not None:
             self._force(plan.alive, plan.forced)
@@ -58,7 +60,8 @@ class Trunk:
             self._compact.place(plan.compaction)
         rows = plan.rows.count if plan.rows else 0
         compact = (plan.compaction.count, self._compact.half) if plan.compaction else (0, 0)
-        shared = replace(plan, rows=None, forced=None, compaction=None)
+        placed = plan.rows is not None or plan.forced is not None or plan.compaction is not None
+        shared = replace(plan, rows=None, forced=None, compaction=None) if placed else plan
         key = (shared, rows, plan.forced is not None, self._halves, compact)
         program = self._programs.find(key, lambda: self._calls(plan))
         kept = plan.rows is not None and plan.compaction is not None
@@ -121,8 +124,11 @@ class Trunk:
         """Positions of the alive rows [B, X]."""
         if plan.rows is not None:
             return plan.rows.array().astype(np.int64)
-        start = 0 if plan.alive == "sequence" else self.request.prompt_rows
-        return np.tile(np.arange(start, self.request.length), (self.request.batch, 1))
+        return np.tile(np.arange(self._first(plan), self.request.length), (self.request.batch, 1))
+
+    def _first(self, plan: StepPlan) -> int:
+        """First position that is alive in a plan of a whole segment."""
+        return 0 if plan.alive == "sequence" else self.request.prompt_rows
 
     def _place(self, rows: Rows) -> None:
         """Upload where the rows lie: `index`, its inverse `slot` and `fresh`, and the way back to the response."""

@@ -218,6 +218,7 @@ class Tally:
     passes: int = 0
     seconds: float = 0.0
     engine_seconds: float = 0.0
+    strategy_seconds: float = 0.0
 
     def answer(self, lm: DiffusionLM, question: Question) -> Generation:
         """The answer to a question, not counted."""
@@ -234,6 +235,7 @@ class Tally:
         self.right, self.asked = self.right + sum(marks), self.asked + len(marks)
         self.tokens, self.passes = self.tokens + count_tokens([result]), self.passes + result.passes
         self.seconds, self.engine_seconds = self.seconds + result.seconds, self.engine_seconds + result.engine_seconds
+        self.strategy_seconds += result.strategy_seconds
 
     def outcome(self, others: float | None) -> Outcome:
         """All that was counted; `others` is the share of the machine that others took, where it is known."""
@@ -251,6 +253,7 @@ class Tally:
             passes=self.passes,
             seconds=self.seconds,
             engine_seconds=self.engine_seconds,
+            strategy_seconds=self.strategy_seconds,
             others=others,
         )
 

@@ -16,7 +16,16 @@ from dllm_export.tools.output import make_table, print_note, print_table, print_
 QUANTILE = 1.959964
 """Of the normal distribution: intervals hold the true share in 95 of 100 cases."""
 
-COLUMNS = ("policy", "rule", "tokens/s", "tokens per pass", "right", "95 % interval", "outside engines")
+COLUMNS = (
+    "policy",
+    "rule",
+    "tokens/s",
+    "tokens per pass",
+    "right",
+    "95 % interval",
+    "outside engines",
+    "plan and sampling",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +45,8 @@ class Outcome:
     seconds: float
     engine_seconds: float
     """Of these, the time inside the provider; the rest is planning, sampling and what surrounds them."""
+    strategy_seconds: float
+    """Of these, the time for plans and for sampling."""
     others: float | None = None
     """Share of the machine's processor time that other processes took meanwhile; None where the system does not tell."""
 
@@ -53,6 +64,11 @@ class Outcome:
     def outside(self) -> float:
         """Share of the time that was not spent in the provider."""
         return 1 - self.engine_seconds / self.seconds
+
+    @property
+    def deciding(self) -> float:
+        """Share of the time that plans and sampling took."""
+        return self.strategy_seconds / self.seconds
 
     @property
     def tokens_per_pass(self) -> float:
@@ -144,6 +160,7 @@ def cells_of(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.share:.1%} of {outcome.asked}",
         f"{outcome.low:.1%} to {outcome.high:.1%}",
         f"{outcome.outside:.1%}",
+        f"{outcome.deciding:.1%}",
     )
 
 

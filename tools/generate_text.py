@@ -163,6 +163,7 @@ def describe_generation(
         "seconds": generation.seconds,
         "tokens_per_second": count_tokens(batch) / generation.seconds,
         "engine_seconds": generation.engine_seconds,
+        "strategy_seconds": generation.strategy_seconds,
         "settings": settings,
         "session": held,
     }

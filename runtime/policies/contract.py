@@ -19,6 +19,8 @@ from dllm_export.runtime.policies.policy import (
     StepState,
 )
 
+LAYER_GRAPHS, ALIVE, REFERENCES = get_args(LayerGraph), get_args(Alive), get_args(Reference)
+
 
 def make_plan(policy: CachePolicy, state: StepState) -> StepPlan:
     """The policy's plan for this state, checked; StrategyError names the policy that failed and how.
@@ -51,10 +53,10 @@ def find_fault(plan: object, state: StepState) -> str | None:
     if len(plan.layers) != state.layers:
         return f"it has {len(plan.layers)} layers, expected {state.layers}"
     for number, layer in enumerate(plan.layers):
-        if layer.graph not in get_args(LayerGraph):
-            return f"layer {number} runs {layer.graph!r}, expected one of: {', '.join(get_args(LayerGraph))}"
-    if plan.alive not in get_args(Alive):
-        return f"its alive rows are {plan.alive!r}, expected one of: {', '.join(get_args(Alive))}"
+        if layer.graph not in LAYER_GRAPHS:
+            return f"layer {number} runs {layer.graph!r}, expected one of: {', '.join(LAYER_GRAPHS)}"
+    if plan.alive not in ALIVE:
+        return f"its alive rows are {plan.alive!r}, expected one of: {', '.join(ALIVE)}"
     if (plan.rows is not None) != (plan.alive == "rows"):
         return f"its alive rows are '{plan.alive}', and rows are {'given' if plan.rows else 'missing'}"
     for what, rows in (("rows", plan.rows), ("forced rows", plan.forced)):
@@ -92,26 +94,27 @@ def _find_compaction_fault(plan: StepPlan, compaction: Compaction, state: StepSt
 def _find_segment_fault(plan: StepPlan, state: StepState) -> str | None:
     """Layers that a provider cannot run on all rows of the sequence or of the response."""
     first = 0 if plan.alive == "sequence" else state.prompt_rows
-    forced = np.zeros((state.batch, state.length), np.bool_) if plan.forced is None else plan.forced.mask(state.length)
-    least, most = max(1, int(forced.sum(1).max())), state.length - first
+    forced = None if plan.forced is None else plan.forced.mask(state.length)
+    least, most = 1 if forced is None else max(1, int(forced.sum(1).max())), state.length - first
+    spared = state.prompt_rows > first and (forced is None or not forced[:, first : state.prompt_rows].all())
     for number, layer in enumerate(plan.layers):
         if layer.graph in PICKING_GRAPHS and not least <= layer.budget <= most:
             return f"layer {number} may pick {layer.budget} rows, expected {least} (those that are forced) to {most}"
-        if layer.graph in PICKING_GRAPHS and not forced[:, first : state.prompt_rows].all():
+        if layer.graph in PICKING_GRAPHS and spared:
             return f"layer {number} may leave out prompt rows, which have no cached delta: force all of them"
         if layer.graph == "layer_full" and plan.alive != "sequence":
             return f"layer {number} runs layer_full, which needs all rows of the sequence alive"
         if layer.graph == "layer_skip" and plan.alive != "response":
             return f"layer {number} runs layer_skip, which needs the response alive: only its deltas are cached"
-    if forced[:, :first].any():
+    if forced is not None and forced[:, :first].any():
         return f"it forces rows before position {first}, which are not alive"
     return None
 
 
 def _find_reference_fault(plan: StepPlan) -> str | None:
     """A layer that measures drift from what nobody keeps, or a measurement that no layer makes."""
-    if plan.reference not in (None, *get_args(Reference)):
-        return f"its reference is {plan.reference!r}, expected None or one of: {', '.join(get_args(Reference))}"
+    if plan.reference not in (None, *REFERENCES):
+        return f"its reference is {plan.reference!r}, expected None or one of: {', '.join(REFERENCES)}"
     for number, layer in enumerate(plan.layers):
         if layer.graph in ("layer_tracking", "layer_indicated") and plan.alive != "response":
             return f"layer {number} runs {layer.graph}, which needs the response alive: drift is known of its rows only"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -195,9 +195,11 @@ class Compaction:
         return self.rows.count + max(self.kept)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """Which graph runs a layer, and how many rows one that picks them may pick per sequence."""
+class LayerPlan(NamedTuple):
+    """Which graph runs a layer, and how many rows one that picks them may pick per sequence.
+
+    A named tuple, since every step compares and hashes one for each layer.
+    """
 
     graph: LayerGraph
     budget: int = 0

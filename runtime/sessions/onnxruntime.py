@@ -6,10 +6,11 @@ session is opened for fixed sizes, so that its shape arithmetic is folded away; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import onnxruntime as ort
@@ -58,10 +59,11 @@ class OrtBuffer:
         return host
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BoundRun:
     """One run of an inference session with everything bound. `options` say whether it waits and what it captures."""
 
+    call: GraphCall
     session: ort.InferenceSession
     binding: ort.IOBinding
     options: ort.RunOptions
@@ -92,6 +94,9 @@ class OnnxRuntimeSession:
         self._prepack = options.place == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))
         self._sessions: dict[object, ort.InferenceSession] = {}
         self._weights: dict[int, ort.OrtValue] = {}
+        # Programs that differ in a few calls share the others, while any of them lives. A run keeps its buffers alive, so
+        # that their addresses name it.
+        self._bound: WeakValueDictionary[Hashable, BoundRun] = WeakValueDictionary()
         self._capture_limit, self._captured = options.captures, 0
         self._stream: Stream | None = None
         if self._device == "cpu":
@@ -119,7 +124,7 @@ class OnnxRuntimeSession:
         return OrtBuffer(np.zeros(dims, NUMPY_TYPES[name]), "cpu" if type == "int64" else self._device)
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
-        runs = [self._bind(call, last=call is calls[-1]) for call in calls]
+        runs = [self._find_bound(call, last=call is calls[-1]) for call in calls]
 
         def run() -> None:
             for bound in runs:
@@ -129,6 +134,13 @@ class OnnxRuntimeSession:
 
     def inspect(self) -> SessionReport:
         return SessionReport(provider=self.provider, library=f"onnxruntime {ort.__version__}")
+
+    def _find_bound(self, call: GraphCall, *, last: bool) -> BoundRun:
+        key = (call.graph, call.layer, last, *((name, id(buffer)) for name, buffer in call.tensors.items()))
+        run = self._bound.get(key)
+        if run is None:
+            self._bound[key] = run = self._bind(call, last=last)
+        return run
 
     def _bind(self, call: GraphCall, *, last: bool) -> BoundRun:
         spec, weights = self._bundle.specs[call.graph], self._graph_weights(call)
@@ -141,7 +153,7 @@ class OnnxRuntimeSession:
                 binding.bind_ortvalue_output(tensor.name, self._value(call, tensor.name))
         for name, value in {} if self._prepack else weights.items():
             binding.bind_ortvalue_input(name, value)
-        return BoundRun(session, binding, self._run_options(capture=self._captures(spec), last=last))
+        return BoundRun(call, session, binding, self._run_options(capture=self._captures(spec), last=last))
 
     def _captures(self, spec: GraphSpec) -> bool:
         """Whether calls of a graph are captured. Sizes that arrive as values, such as `budget`, leave host work in it."""
@@ -149,7 +161,10 @@ class OnnxRuntimeSession:
 
     def _run_options(self, *, capture: bool, last: bool) -> ort.RunOptions:
         options = ort.RunOptions()
-        if self._stream is not None:
+        if self._stream is None:
+            # Said, though nothing is captured here: onnxruntime asks every run for it, and not to find it takes 50 us.
+            options.add_run_config_entry("gpu_graph_id", "-1")
+        else:
             if not last:  # the stream orders the calls; only the last of a program waits for it
                 options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             # Every bound call is a capture of its own: a capture holds its addresses.

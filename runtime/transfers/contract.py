@@ -51,10 +51,11 @@ def find_fault(rule: Transfer, choice: Choice, state: TransferState) -> str | No
 
 
 def _find_index_fault(what: str, index: object, count: int, noun: str) -> str | None:
-    if not isinstance(index, np.ndarray) or index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+    if not isinstance(index, np.ndarray) or index.ndim != 1 or index.dtype.kind not in "iu":
         return f"its {what} are {index!r}, expected an array of indices into the {noun}"
-    if len(index) and not (index.min() >= 0 and index.max() < count):
-        return f"its {what} reach from {index.min()} to {index.max()}, expected indices into the {count} {noun}"
-    if len(np.unique(index)) != len(index):
-        return f"its {what} name a row twice: {index.tolist()}"
+    places = index.tolist()  # few, and this runs at every step: numpy would take longer
+    if places and not (min(places) >= 0 and max(places) < count):
+        return f"its {what} reach from {min(places)} to {max(places)}, expected indices into the {count} {noun}"
+    if len(set(places)) != len(places):
+        return f"its {what} name a row twice: {places}"
     return None

@@ -192,7 +192,7 @@ def test_generation_as_json_holds_result_figures_and_settings(generate: Invoke) 
     assert result["finish_reason"] in ("stop", "length")
     assert sum(result["steps_by_kind"].values()) == 16
     assert result["partial_share"] == 1 - result["steps_by_kind"]["full"] / 16
-    assert 0 < result["engine_seconds"] < result["seconds"]
+    assert 0 < result["engine_seconds"] < result["engine_seconds"] + result["strategy_seconds"] < result["seconds"]
     assert result["tokens_per_second"] == pytest.approx(16 / result["seconds"])
     assert result["settings"]["policy"]["update_ratio"] == 0.25
     assert result["settings"]["options"]["gen_length"] == 16

@@ -96,14 +96,15 @@ def test_the_table_and_the_picture_lie_beside_the_report(evaluate: Evaluate, tmp
     assert result.exit_code == 0, result.output
     outcomes = outcomes_of(report.read_text())
     header, line, *rows = report.with_suffix(".md").read_text().splitlines()
-    assert header == "| policy | rule | tokens/s | tokens per pass | right | 95 % interval | outside engines |"
-    assert line.count("---") == 7
+    speeds = "tokens/s | tokens per pass | right | 95 % interval"
+    assert header == f"| policy | rule | {speeds} | outside engines | plan and sampling |"
+    assert line.count("---") == 8
     for (policy, rule), one in outcomes.items():
         speed, share = one["tokens"] / one["seconds"], one["right"] / one["asked"]
         cells = f"| {policy} | {rule} | {speed:.0f} | {one['tokens'] / one['passes']:.1f} | {share:.1%} of 12 | "
         assert sum(row.startswith(cells) for row in rows) == 1
         assert 0 <= one["others"] <= 1
-        assert 0 < one["engine_seconds"] < one["seconds"]
+        assert 0 < one["engine_seconds"] < one["engine_seconds"] + one["strategy_seconds"] < one["seconds"]
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
@@ -176,7 +177,7 @@ def random_evaluation(seed: int, policies: int, rules: int) -> Evaluation:
             "transfer_settings": {},
         }
         figures = {"tokens": 768, "passes": rng.choice((48, 50, 768)), "seconds": rng.choice((0.5, 1.0, 1.1)) * 4**rule}
-        figures["engine_seconds"] = figures["seconds"]
+        figures |= {"engine_seconds": figures["seconds"], "strategy_seconds": 0.0}
         outcomes.append(Outcome(**names, **figures, right=right, asked=96, low=low, high=high))
     return Evaluation(settings={}, machine={}, outcomes=outcomes)
 

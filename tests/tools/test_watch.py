@@ -59,6 +59,7 @@ def make_frame(
         recomputed=fresh,
         passes=step,
         engine_seconds=0.1,
+        strategy_seconds=0.1,
         seconds=0.5,
     )
 
