@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.graphs.steps import TIME_WIDTH
+from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.safetensors_file import SafetensorsFile
@@ -38,6 +39,7 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "cos": cos,
         "sin": sin,
         "mask": columns >= padding,
+        "block": number_blocks(columns >= padding, shape.block) if shape.block else columns,
         "index": alive if placed else rng.integers(0, places[1], (places[0], BUDGET)).astype(np.int32),
         "slot": np.tile(np.maximum(columns - PROMPT, 0).astype(np.int32), (BATCH, 1)),
         "fresh": np.tile(columns >= PROMPT, (BATCH, 1)),

@@ -39,6 +39,8 @@ class Probe:
         tokens = rng.integers(0, config.shape.vocab, ROWS)
         tokens[ROWS // 2 :] = config.tokens.mask
         self._tokens = torch.from_numpy(tokens)
+        blocks = torch.arange(ROWS) // (config.shape.block or ROWS)
+        self._visible = blocks[None, :] <= blocks[:, None]
         self._conditioning: torch.Tensor | None = None
         self._sigma = 0.0
         self._states: list[torch.Tensor] = []
@@ -70,7 +72,7 @@ class Probe:
         query, key = self._rotate(heads["q"]), self._rotate(heads["k"])
         repeat = shape.heads // shape.kv_heads
         key, value = (tensor.repeat_interleave(repeat, 0) for tensor in (key, heads["v"]))
-        mixed = scaled_dot_product_attention(query, key, value).transpose(0, 1).reshape(ROWS, -1)
+        mixed = scaled_dot_product_attention(query, key, value, self._visible).transpose(0, 1).reshape(ROWS, -1)
         x = x + gate1 * (mixed @ weights["out"].T)
         inner = self._norm(x, weights["norm2"]) * (1 + scale2) + shift2
         result = self._mix(inner, weights, load_expert) if "router" in weights else self._mlp(inner, weights)

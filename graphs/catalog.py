@@ -221,7 +221,9 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
     timed = (TensorSpec("condition", "compute", ("B", shape.conditioning)),) if shape.conditioning else ()
     rotary = (*timed, *(TensorSpec(name, "float32", ("B", "S", half)) for name in ("cos", "sin")))
     mask = TensorSpec("mask", "bool", ("B", "S"))
-    context = (*rotary, mask)
+    blocks = (positions("block", "S"),) if shape.block else ()
+    context = (*rotary, mask, *blocks)
+    seen = (mask, *blocks, *((positions("index", "Q"),) if blocks else ()))
     placed = (positions("slot", "S"), TensorSpec("fresh", "bool", ("B", "S")))
     cache = (rows("key", "S", kv), rows("value", "S", kv))
     cache_out = (rows("key_out", "S", kv), rows("value_out", "S", kv))
@@ -276,7 +278,7 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
                         TensorSpec("chosen", "bool", ("B", "X")),
                         positions("rank", "X"),
                         *timed,
-                        mask,
+                        *seen,
                     ),
                     others,
                     (hidden_out, delta_out),
@@ -301,6 +303,58 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             (rows("indicator_out", "Q", rank),),
             steps.layer_indicator,
         ),
+    )
+    shadow = GraphSpec(
+        "layer_shadow",
+        (rows("hidden", "Q", d), positions("index", "Q"), shown, *cache, *context),
+        layer,
+        (rows("hidden_out", "Q", d),),
+        shadows.layer_shadow,
+        stages=(
+            GraphSpec(
+                "layer_shadow.project",
+                (rows("hidden", "Q", d), positions("index", "Q"), *rotary),
+                projections,
+                (query("query_out"), *(rows(f"own_{name}_out", "Q", kv) for name in ("key", "value"))),
+                shadows.project_shadow,
+            ),
+            GraphSpec(
+                "layer_shadow.finish",
+                (
+                    rows("hidden", "Q", d),
+                    query("query"),
+                    *(rows(f"own_{name}", "Q", kv) for name in ("key", "value")),
+                    positions("index", "Q"),
+                    shown,
+                    *cache,
+                    *timed,
+                    mask,
+                ),
+                others,
+                (rows("hidden_out", "Q", d),),
+                shadows.finish_shadow,
+            ),
+        ),
+    )
+    compact = GraphSpec(
+        "layer_compact",
+        (
+            rows("hidden", "S", d),
+            positions("index", "X"),
+            TensorSpec("fresh", "bool", ("B", "S")),
+            TensorSpec("kept", "bool", ("B", "Q")),
+            *cache,
+            TensorSpec("budget", "int64", (1,)),
+            *context,
+        ),
+        tuple(weight for weight in layer if weight.name in (*NORM1, "qk", "qk_bias", "q_norm")),
+        (
+            rows("key_out", "Q", kv),
+            rows("value_out", "Q", kv),
+            positions("index_out", "Q"),
+            TensorSpec("relevance", "float32", ("B", "S")),
+        ),
+        layer_compact,
     )
     candidates = (
         rows("hidden", "X", d),
@@ -351,68 +405,18 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
                 ),
                 GraphSpec(
                     "layer_partial.finish",
-                    (rows("hidden", "Q", d), query("query"), *cache, *timed, mask),
+                    (rows("hidden", "Q", d), query("query"), *cache, *timed, *seen),
                     others,
                     (rows("hidden_out", "Q", d), rows("delta_out", "Q", d)),
                     steps.finish_partial,
                 ),
             ),
         ),
-        GraphSpec(
-            "layer_shadow",
-            (rows("hidden", "Q", d), positions("index", "Q"), shown, *cache, *context),
-            layer,
-            (rows("hidden_out", "Q", d),),
-            shadows.layer_shadow,
-            stages=(
-                GraphSpec(
-                    "layer_shadow.project",
-                    (rows("hidden", "Q", d), positions("index", "Q"), *rotary),
-                    projections,
-                    (query("query_out"), *(rows(f"own_{name}_out", "Q", kv) for name in ("key", "value"))),
-                    shadows.project_shadow,
-                ),
-                GraphSpec(
-                    "layer_shadow.finish",
-                    (
-                        rows("hidden", "Q", d),
-                        query("query"),
-                        *(rows(f"own_{name}", "Q", kv) for name in ("key", "value")),
-                        positions("index", "Q"),
-                        shown,
-                        *cache,
-                        *timed,
-                        mask,
-                    ),
-                    others,
-                    (rows("hidden_out", "Q", d),),
-                    shadows.finish_shadow,
-                ),
-            ),
-        ),
+        *(() if shape.block else (shadow,)),
         pick("layer_adaptive", steps.layer_adaptive, steps.project_adaptive),
         pick("layer_tracking", steps.layer_tracking, steps.project_tracking, reference=(rows("seen", "X", d),)),
         *(indicated if rank else ()),
-        GraphSpec(
-            "layer_compact",
-            (
-                rows("hidden", "S", d),
-                positions("index", "X"),
-                TensorSpec("fresh", "bool", ("B", "S")),
-                TensorSpec("kept", "bool", ("B", "Q")),
-                *cache,
-                TensorSpec("budget", "int64", (1,)),
-                *context,
-            ),
-            tuple(weight for weight in layer if weight.name in (*NORM1, "qk", "qk_bias", "q_norm")),
-            (
-                rows("key_out", "Q", kv),
-                rows("value_out", "Q", kv),
-                positions("index_out", "Q"),
-                TensorSpec("relevance", "float32", ("B", "S")),
-            ),
-            layer_compact,
-        ),
+        *(() if shape.block else (compact,)),
         GraphSpec(
             "layer_skip",
             (rows("hidden", "X", d), rows("delta", "X", d)),

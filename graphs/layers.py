@@ -89,6 +89,18 @@ def project_query_key(
     return rotate(ops, shape, query, cos, sin), ops.merge_heads(rotate(ops, shape, key, cos, sin))
 
 
+def find_visible(ops: Ops[T], t: Mapping[str, T], *, all_rows: bool = False) -> T:
+    """The `mask` [B, S] of keys; in a model that attends by blocks [B, Q, S], for each row those up to the end of its block.
+
+    `block` [B, S] numbers the blocks, and `index` [B, Q] holds the rows' positions, where they are not all.
+    """
+    if "block" not in t:
+        return t["mask"]
+    own = t["block"] if all_rows else ops.take_rows(t["block"], t["index"])
+    reached = ops.at_most(ops.unsqueeze(t["block"], 1), ops.unsqueeze(own, 2))
+    return ops.both(ops.unsqueeze(t["mask"], 1), reached)
+
+
 def finish_rows(
     ops: Ops[T], shape: ModelShape, hidden: T, query: T, key: T, value: T, mask: T, weights: Mapping[str, T]
 ) -> T:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
-from dllm_export.graphs.layers import finish_rows, hand_over, put_rows
+from dllm_export.graphs.layers import find_visible, finish_rows, hand_over, put_rows
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
@@ -76,7 +76,8 @@ def list_picked(picked: Picked[T], query: T, key: T, value: T) -> dict[str, T]:
 def finish_picked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Second stage: attention and MLP of the picked rows; the other alive rows advance by their cached delta."""
     rows = ops.take_rows(t["hidden"], t["row"])
-    new_delta = finish_rows(ops, shape, rows, t["query"], t["key"], t["value"], t["mask"], t)
+    visible = find_visible(ops, t)
+    new_delta = finish_rows(ops, shape, rows, t["query"], t["key"], t["value"], visible, t)
     delta = put_rows(ops, new_delta, t["rank"], t["chosen"], t["delta"])
     return {"hidden_out": ops.add(t["hidden"], delta), "delta_out": delta}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dllm_export.graphs.layers import (
+    find_visible,
     finish_rows,
     hand_over,
     normalize,
@@ -45,7 +46,7 @@ def layer_full(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, 
     inner = normalize(ops, shape, hidden, t, "norm1")
     query, key = project_query_key(ops, shape, inner, t["cos"], t["sin"], t)
     value = project_value(ops, inner, t)
-    delta = finish_rows(ops, shape, hidden, query, key, value, t["mask"], t)
+    delta = finish_rows(ops, shape, hidden, query, key, value, find_visible(ops, t, all_rows=True), t)
     return {"hidden_out": ops.add(hidden, delta), "key_out": key, "value_out": value, "delta_out": delta}
 
 
@@ -61,7 +62,8 @@ def project_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[
 
 def finish_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Second stage of `layer_partial`: attention and MLP of the rows."""
-    delta = finish_rows(ops, shape, t["hidden"], t["query"], t["key"], t["value"], t["mask"], t)
+    visible = find_visible(ops, t)
+    delta = finish_rows(ops, shape, t["hidden"], t["query"], t["key"], t["value"], visible, t)
     return {"hidden_out": ops.add(t["hidden"], delta), "delta_out": delta}
 
 

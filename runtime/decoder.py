@@ -17,8 +17,6 @@ from dllm_export.runtime.request import Request
 from dllm_export.runtime.sampler import Proposal, propose, rank, share, temper
 from dllm_export.runtime.session import Buffer
 from dllm_export.runtime.transfers.contract import choose_rows
-from dllm_export.runtime.transfers.ddpm import Ddpm
-from dllm_export.runtime.transfers.origin import Origin
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.transfer import Transfer, TransferState, best_first
 
@@ -89,7 +87,7 @@ class Decoder:
             return None
         upcoming = np.zeros(masked.shape, np.bool_)
         for sequence, row in enumerate(masked):
-            if isinstance(self._transfer, Ddpm | Origin):
+            if self._transfer.reveals:
                 assert self._draws is not None, "drawn above"
                 steps = self._request.schedule.steps_per_block
                 chosen = self._transfer.reveal(self._draws[sequence], block_step, steps)
@@ -307,7 +305,7 @@ def _check_finite(candidates: Candidates) -> Candidates:
 
 def is_foreseen(options: GenerationOptions, transfer: Transfer) -> bool:
     """Whether what is drawn before a step runs settles which rows it decides."""
-    return isinstance(transfer, Ddpm | Origin) or (options.remasking == "random" and type(transfer) is Quota)
+    return transfer.reveals or (options.remasking == "random" and type(transfer) is Quota)
 
 
 def check_options(options: GenerationOptions, transfer: Transfer) -> None:

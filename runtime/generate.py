@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.errors import IncompatibleError, UsageError
+from dllm_export.errors import UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
+from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.clock import Clock
 from dllm_export.runtime.conditioning import Conditioner
 from dllm_export.runtime.decoder import Decoder, check_options, is_foreseen
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.options import GenerationOptions, SettledOptions
-from dllm_export.runtime.policies.contract import make_plan
+from dllm_export.runtime.policies.contract import make_plan, suits
 from dllm_export.runtime.policies.policy import CachePolicy, Compaction, PrefixState, StepKind, StepPlan, StepState
 from dllm_export.runtime.prefix_store import PrefixStore
 from dllm_export.runtime.request import Prefix, Request
@@ -130,6 +131,7 @@ class Denoiser:
     def __post_init__(self) -> None:
         check_strategies(self.options, self.policy, self.transfer)
         check_model(self.shape, self.transfer)
+        check_attention(self.shape, self.policy)
         request = self.request
         self._decoder = Decoder(self.workspace.head, self.special, request, self.options, self.transfer, self._clock)
         self._residual = np.zeros((request.shape.batch, request.shape.led.response_rows), np.bool_)
@@ -138,8 +140,9 @@ class Denoiser:
         self._given = visible & (request.canvas != self.special.mask)
         positions = np.maximum(columns[None, :] - request.padding[:, None], 0)
         cos, sin = rotary_tables(self.shape, positions)
+        blocks = number_blocks(visible, request.schedule.block_length) if self.shape.block else None
         for trunk in (self.workspace.conditional, *((self.workspace.unconditional,) if self._guided else ())):
-            trunk.start(cos, sin, visible)
+            trunk.start(cos, sin, visible, blocks)
         self.workspace.head.set_guidance_scale(self.options.cfg_scale)
         if request.prefix is not None and self.prefixes is not None:
             self._share(self.prefixes, request.prefix)
@@ -180,12 +183,16 @@ class Denoiser:
 
     def _quotas(self, block: int) -> Iterator[NDArray[np.int64]]:
         """Tokens to commit per sequence in each step of a block: the schedule's, or one until nothing is masked."""
-        end, begun = (block + 1) * self.request.schedule.block_length, self._decoder.begin(block)
+        schedule = self.request.schedule
+        end, begun = (block + 1) * schedule.block_length, self._decoder.begin(block)
+        if self.shape.block:
+            # The schedule is that of a whole block, even where the prompt has some of its rows; it ends with the last mask.
+            begun = np.full_like(begun, schedule.block_length)
         if self.transfer.keeps_schedule:
-            steps = self.request.schedule.steps_per_block
+            steps = schedule.steps_per_block
             for step in range(1, steps + self.transfer.extra_steps + 1):
                 masked = self._decoder.masked(end).sum(1)
-                if self.options.early_stop and not masked.any():
+                if (self.options.early_stop or self.shape.block) and not masked.any():
                     return
                 yield self.transfer.quotas(begun, masked, step, steps)
             return
@@ -326,10 +333,10 @@ class Denoiser:
 
 def check_model(shape: ModelShape, transfer: Transfer) -> None:
     """Refuse a model that generation does not know how to run, and a rule that shows it a noise level or fails to."""
-    if shape.block:
-        raise IncompatibleError(
-            f"this model attends by blocks of {shape.block} rows, which see themselves and what lies before them; generation "
-            f"here lets all rows see all: only the bundle's graphs and weights can be used and verified"
+    if shape.block and transfer.verifies:
+        raise UsageError(
+            f"--transfer {transfer.name} needs shadow rows, which are not made for a model that attends by blocks: take "
+            f"another rule"
         )
     if shape.shift and transfer.verifies:
         raise UsageError(
@@ -348,12 +355,27 @@ def check_model(shape: ModelShape, transfer: Transfer) -> None:
     )
 
 
+def check_attention(shape: ModelShape, policy: CachePolicy) -> None:
+    """Refuse a cache policy that counts on another attention than the model's."""
+    if suits(policy, by_blocks=shape.block > 0):
+        return
+    if shape.block:
+        raise UsageError(
+            f"--policy {policy.name} counts on every row seeing all others, and this model attends by blocks: take --policy "
+            f"block, which is exact for it"
+        )
+    raise UsageError(
+        f"--policy {policy.name} is for models that attend by blocks, and in this one every row sees all others: take "
+        f"--policy dual"
+    )
+
+
 def check_strategies(options: GenerationOptions, policy: CachePolicy, transfer: Transfer) -> None:
     """Refuse options, a cache policy and a decoding rule that do not go together."""
     check_options(options, transfer)
     if getattr(policy, "needs_upcoming", False) and not is_foreseen(options, transfer):
         raise UsageError(
             f"--policy {policy.name} must know which rows a step decides before the step runs, which takes --remasking "
-            f"random and --transfer quota, or --transfer ddpm, ddpm-cache or origin; these are "
+            f"random and --transfer quota, or --transfer ddpm, ddpm-cache, first-hitting or origin; these are "
             f"{options.remasking or 'low_confidence'} and {transfer.name}"
         )

@@ -218,8 +218,9 @@ class DiffusionLM:
         for row, canvas in enumerate(request.canvas):
             asked = canvas[request.shape.prompt_rows :] == special.mask
             first = int(np.argmax(asked))
-            tokens, confidence = last.tokens[row, first:], last.confidence[row, first:]
-            ends = np.flatnonzero(np.isin(tokens, list(special.ends)) & asked[first:])
+            end = None if request.wanted is None else first + request.wanted
+            tokens, confidence = last.tokens[row, first:end], last.confidence[row, first:end]
+            ends = np.flatnonzero(np.isin(tokens, list(special.ends)) & asked[first:end])
             shown = tokens[: ends[0]] if len(ends) else tokens
             if request.infilling:
                 given = canvas[request.padding[row] : request.shape.prompt_rows + first]

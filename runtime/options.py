@@ -16,7 +16,7 @@ OPTION_TYPES: tuple[type, ...] = (int, float, str, bool, Path)
 
 COMMAND_FLAGS = frozenset(
     {
-        *("prompt", "prompt_file", "infill", "prompt_ids", "chat", "policy", "transfer"),
+        *("prompt", "prompt_file", "infill", "prompt_ids", "chat", "policy", "transfer", "rule"),
         *("prefix_file", "prefix_depth", "prefix_profile", "prefix_budget"),
         *("bundle", "graph", "output", "layer", "step", "watch", "report", "json", "as_json", "debug", "help"),
     }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dllm_export.errors import UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SamplerDefaults, SpecialTokens
+from dllm_export.runtime.blocks import fill_blocks
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.schedule import Schedule, make_schedule
@@ -36,6 +37,8 @@ class Request:
     infilling: bool = False
     """Whether masks were given in a text rather than appended to a prompt."""
     prefix: Prefix | None = None
+    wanted: int | None = None
+    """Tokens of each sequence that were asked for, where the blocks that hold them are longer; None: all."""
 
     @property
     def predictors(self) -> NDArray[np.int32]:
@@ -75,10 +78,31 @@ def continuation(
             f"{longest} prompt tokens and {length} to generate make {longest + length}, but the model was trained for "
             f"{shape.max_length}: shorten the prompt or lower --gen-length"
         )
+    if shape.block:
+        return continue_blocks(prompts, length, options, shape, tokens)
     canvases = [[*prompt, *[tokens.mask] * length] for prompt in prompts]
     block = options.block_length or (length if options.gen_length else min(sampler.block_length, length))
     schedule = make_schedule(length, block, options.steps or length)
     return make_request(canvases, schedule, shape, tokens)
+
+
+def continue_blocks(
+    prompts: Sequence[Sequence[int]], length: int, options: GenerationOptions, shape: ModelShape, tokens: SpecialTokens
+) -> Request:
+    """Prompts followed by masks to the end of a block, for a model that attends by blocks; `length` tokens are wanted.
+
+    All sequences have their blocks in the same columns: they are padded by whole blocks.
+    """
+    block = options.block_length or shape.block
+    wanted = -(-length // block) * block
+    schedule = make_schedule(wanted, block, options.steps or wanted)
+    rows = max(fill_blocks(len(prompt), length, block)[1] for prompt in prompts)
+    canvases = []
+    for prompt in prompts:
+        full, _ = fill_blocks(len(prompt), length, block)
+        canvases.append([*prompt, *[tokens.mask] * (full + rows - len(prompt))])
+    request = make_request(canvases, replace(schedule, gen_length=rows), shape, tokens)
+    return replace(request, wanted=length)
 
 
 def infilling(
@@ -92,6 +116,11 @@ def infilling(
             raise UsageError(f"text {number} holds no mask token, so there is nothing to fill in")
     if options.gen_length or options.block_length:
         raise UsageError("--gen-length and --block-length do not apply to infilling: the masks in the text decide")
+    if shape.block:
+        raise UsageError(
+            "this model attends by blocks, so that a mask does not see what comes after its block and infilling would not heed "
+            "the text on the right: continue a prompt instead"
+        )
     if options.early_stop:
         raise UsageError("--early-stop does not apply to infilling, where text was given after the masks: leave it out")
     masks = max(list(canvas).count(tokens.mask) for canvas in canvases)

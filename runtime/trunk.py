@@ -39,12 +39,20 @@ class Trunk:
         self._placed_rows: Rows | None = None
         self._forced_rows: tuple[Segment, Rows] | None = None
 
-    def start(self, cos: NDArray[np.float64], sin: NDArray[np.float64], mask: NDArray[np.bool_]) -> None:
-        """Upload what stays fixed for a request: rotary tables [B, S, d/2] and the key mask [B, S]."""
+    def start(
+        self,
+        cos: NDArray[np.float64],
+        sin: NDArray[np.float64],
+        mask: NDArray[np.bool_],
+        block: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Upload what stays fixed for a request: rotary tables [B, S, d/2], key mask and numbers of blocks [B, S]."""
         dims, rotary = (self.request.batch, self.request.length), self._shape.rotary_width // 2
         self._buffers.get("cos", (*dims, rotary), "float32").write(cos)
         self._buffers.get("sin", (*dims, rotary), "float32").write(sin)
         self._buffers.get("mask", dims, "bool").write(mask)
+        if block is not None:
+            self._buffers.get("block", dims, "int32").write(block)
         self._compact.start(cos, sin, mask)
 
     def prepare(self, plan: StepPlan, tokens: NDArray[np.int32]) -> Program:
@@ -272,6 +280,7 @@ class Trunk:
             "cos": self._buffers.get("cos", (*dims, rotary), "float32"),
             "sin": self._buffers.get("sin", (*dims, rotary), "float32"),
             "mask": self._buffers.get("mask", dims, "bool"),
+            **({"block": self._buffers.get("block", dims, "int32")} if self._shape.block else {}),
             **self._shared,
         }
 

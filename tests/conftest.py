@@ -47,9 +47,10 @@ VARIANTS = {
     "tied": replace(TINY, layers=2, tied_head=True),
     "qk_norm": replace(TINY, layers=2, kv_heads=2, head_dim=20, qk_norm=True, rope_float32=False),
     "dream": replace(TINY, layers=3, kv_heads=2, qkv_bias=True, rope_float32=False, shift=True),
+    "blocks": replace(TINY, layers=2, kv_heads=2, qk_norm=True, rope_float32=False, block=4),
 }
 """Shapes by name; the mask token is 96 and the end-of-text token 95."""
-LAYOUTS = {"qk_norm": "a2d-qwen3", "dream": "dream"}
+LAYOUTS = {"qk_norm": "a2d-qwen3", "dream": "dream", "blocks": "sdar"}
 """Families of the variants that LLaDA's layout cannot hold."""
 
 OpenModel = Callable[[str], DiffusionLM]

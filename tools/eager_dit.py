@@ -28,6 +28,8 @@ class EagerDit:
     heads: int
     layers: int
     tensors: Mapping[str, Tensor]
+    block: int = 0
+    """Rows of BD3-LM's blocks; 0 where every row sees all."""
 
     def forward(self, tokens: Tensor, sigma: Tensor) -> Tensor:  # [B, T], [B] -> [B, T, V]
         """The output layer's numbers at these noise levels."""
@@ -56,11 +58,13 @@ class EagerDit:
         return x + gate2 * self.apply(f"{block}mlp.2", gelu(self.apply(f"{block}mlp.0", inner), approximate="tanh"))
 
     def attend(self, block: str, x: Tensor) -> Tensor:
-        """Full attention of rows that are rotated by their positions."""
+        """Attention of rows that are rotated by their positions, to all or to their own block and those before."""
         batch, length, width = x.shape
         packed = self.apply(f"{block}attn_qkv", x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))  # [B, heads, T, d]
         scores = rotate(query) @ rotate(key).transpose(-1, -2) / math.sqrt(width // self.heads)
+        blocks = torch.arange(length) // (self.block or length)
+        scores = scores.masked_fill(blocks[None, :] > blocks[:, None], -torch.inf)
         mixed = torch.softmax(scores, dim=-1) @ value
         return self.apply(f"{block}attn_out", mixed.transpose(1, 2).reshape(batch, length, width))
 
@@ -93,4 +97,6 @@ def load_eager_dit(directory: Path, dtype: torch.dtype = torch.float64) -> Eager
     settings = config.get("model", config)
     stored = load_file(directory / "model.safetensors")
     tensors = {name.removeprefix(PREFIX): tensor.to(dtype) for name, tensor in stored.items()}
-    return EagerDit(heads=settings["n_heads"], layers=settings["n_blocks"], tensors=tensors)
+    return EagerDit(
+        heads=settings["n_heads"], layers=settings["n_blocks"], tensors=tensors, block=settings.get("block_size", 0)
+    )

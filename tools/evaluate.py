@@ -16,6 +16,7 @@ from dllm_export.runtime.model import DiffusionLM, Generation
 from dllm_export.runtime.options import GenerationOptions, option
 from dllm_export.runtime.plugins import Strategies, find_installed
 from dllm_export.runtime.policies import CachePolicy, SharedPrefix
+from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.transfers import Transfer
@@ -120,6 +121,8 @@ def command(
         tasks = read_suite(Path(options.suite), options.gen_length)
     shared = find_prefix(options, prefix)
     with DiffusionLM.from_pretrained(bundle, session, prefix_budget=prefix.prefix_budget) as lm:
+        if options.policies.strip() == "all":
+            policies = [policy for policy in policies if suits(policy, by_blocks=lm.bundle.manifest.shape.block > 0)]
         settings = plain(describe_evaluation(lm, options, prefix, session))
         machine = plain(describe_machine(session.threads))
         questions = [ask(lm, task, options, prefix, shared) for task in tasks]

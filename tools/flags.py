@@ -77,6 +77,8 @@ class Choice:
     """None leaves the choice to the bundle's family."""
     section: str
     help: str
+    spellings: tuple[str, ...] = ()
+    """Other spellings of the flag."""
 
     def make(self, name: str | None, values: Mapping[str, Any]) -> Any:
         """The strategy of this name with the values that were given (not None); None without a name.
@@ -137,9 +139,9 @@ def strategy_flags(command: Callable[..., object]) -> Callable[..., object]:
         strategies=installed.transfers,
         default=None,
         section="Decoding rule",
-        help="which tokens a step decides; quota, dream, origin, ddpm and sedd keep to --steps, the others decide as many as "
-        "they trust; "
-        "default: the family's own",
+        help="which tokens a step decides; quota, dynamic, dream, origin, ddpm and sedd keep to --steps, the others decide as "
+        "many as they trust; default: the family's own",
+        spellings=("--rule",),
     )
     decorated: Callable[..., object] = choice_flags(policy)(choice_flags(transfer)(command))
     return decorated
@@ -176,6 +178,8 @@ def choice_flags(choice: Choice) -> Decorator[Any]:
             decorated = make_flag(field, get_type_hints(kind)[name], choice.section, None, note)(decorated)
         option = click.option(
             flag(choice.parameter),
+            *choice.spellings,
+            choice.parameter,
             cls=Flag,
             section=choice.section,
             default=choice.default,

@@ -36,5 +36,11 @@ def huggingface_config(family: str, shape: ModelShape, *, mask: int, end: int) -
         "use_cache": False,
         "use_sliding_window": False,
         "vocab_size": shape.vocab,
+        # Families with experts leave it to the code that runs them.
+        **(
+            {"bd_size" if family == "fast-dllm-v2" else "block_size": shape.block}
+            if shape.block and shape.experts is None
+            else {}
+        ),
         **expert_config(family, shape),
     }

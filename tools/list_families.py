@@ -8,6 +8,7 @@ import click
 
 from dllm_export.graphs.families import FAMILIES, KNOWN_FAMILIES, Family, Marks, SamplerDefaults
 from dllm_export.runtime.policies import POLICIES, SharedPrefix
+from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.transfers import TRANSFERS
 from dllm_export.tools.flags import Command, shared_flags
 from dllm_export.tools.output import make_table, print_json, print_table
@@ -22,8 +23,6 @@ class FamilyLine:
     recognised_by: str
     """The architecture in config.json, else the model type or the files."""
     supported: bool
-    generates: bool = False
-    """Whether generation runs it; else its bundles are for export and verification alone."""
     sizes: tuple[str, ...] = ()
     layout: str = ""
     sampler: SamplerDefaults | None = None
@@ -65,7 +64,6 @@ def list_families() -> list[FamilyLine]:
             checkpoints=family.title,
             recognised_by=describe_marks(family.marks),
             supported=True,
-            generates=family.generates,
             sizes=family.sizes,
             layout=family.layout,
             sampler=family.sampler,
@@ -98,8 +96,7 @@ def describe_marks(marks: Marks) -> str:
 
 def describe_status(line: FamilyLine) -> str:
     """How far a supported family goes."""
-    status = "supported" if line.generates else "export and verify only"
-    return f"{status}: {line.reason}" if line.reason else status
+    return f"supported: {line.reason}" if line.reason else "supported"
 
 
 def describe_sampler(sampler: SamplerDefaults | None) -> str:
@@ -118,10 +115,16 @@ def sees_noise(family: Family) -> bool:
 def list_policies(family: Family) -> tuple[str, ...]:
     """Cache policies that go with it; features that follow the noise level are no other request's."""
     return tuple(
-        name for name in POLICIES if family.generates and not (sees_noise(family) and name == SharedPrefix.name)
+        name
+        for name, policy in POLICIES.items()
+        if suits(policy, by_blocks=family.by_blocks) and not (sees_noise(family) and name == SharedPrefix.name)
     )
 
 
 def list_rules(family: Family) -> tuple[str, ...]:
     """Decoding rules that go with it."""
-    return tuple(name for name, rule in TRANSFERS.items() if family.generates and rule.sees_noise == sees_noise(family))
+    return tuple(
+        name
+        for name, rule in TRANSFERS.items()
+        if rule.sees_noise == sees_noise(family) and not (family.by_blocks and rule.verifies)
+    )

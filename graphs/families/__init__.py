@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from dllm_export.graphs.families.a2d import A2D
 from dllm_export.graphs.families.bd3lm import BD3LM
+from dllm_export.graphs.families.block_diffusion import DREAM_REASONER, FAST_DLLM_V2, SDAR, STABLE_DIFFCODER
 from dllm_export.graphs.families.converted import DIFFULLAMA, OPEN_DCODER
 from dllm_export.graphs.families.detection import find_family, refuse_files
 from dllm_export.graphs.families.dream import DREAM
@@ -37,7 +38,8 @@ from dllm_export.graphs.families.sedd import SEDD
 
 ALL = (
     *(LLADA, ILLADA, DREAM, *A2D, OPEN_DCODER, DIFFULLAMA),
-    *(LLADA_MOE, LLADA2, SDAR_MOE, MDLM, BD3LM, SEDD),
+    *(SDAR, DREAM_REASONER, STABLE_DIFFCODER, FAST_DLLM_V2, LLADA_MOE, LLADA2, SDAR_MOE),
+    *(MDLM, BD3LM, SEDD),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in ALL}
 """Families that can be exported."""

@@ -9,6 +9,7 @@ from dllm_export.graphs.families import mdlm
 from dllm_export.graphs.families.dit import LAYOUT
 from dllm_export.graphs.families.family import Family, Marks, ModelConfig, Source, read_size
 
+SAMPLER = replace(mdlm.SAMPLER, transfer="first-hitting", block_length=16)
 REQUIRED = (("adaln", True), ("cross_attn", True), ("causal", False))
 
 
@@ -21,7 +22,7 @@ def read_config(source: Source) -> ModelConfig:
             )
     config = mdlm.read_config(source)
     shape = replace(config.shape, block=read_size(source.config, "block_size"))
-    return replace(config, family="bd3lm", shape=shape)
+    return replace(config, family="bd3lm", shape=shape, sampler=replace(SAMPLER, block_length=shape.block))
 
 
 BD3LM = Family(
@@ -31,7 +32,7 @@ BD3LM = Family(
     read_config=read_config,
     sizes=("0.17 B",),
     layout=LAYOUT,
-    sampler=mdlm.SAMPLER,
-    generates=False,
-    limits="generation does not attend by blocks yet",
+    sampler=SAMPLER,
+    by_blocks=True,
+    limits="no more than its window of 1024 tokens: the cache does not shift",
 )

@@ -189,8 +189,8 @@ class Family:
     layout: str = ""
     """Whose tensor names they have."""
     sampler: SamplerDefaults | None = None
-    generates: bool = True
-    """Whether generation runs them; else their bundles are for export and verification alone."""
+    by_blocks: bool = False
+    """Whether a row sees its own block and those before it, instead of all rows."""
     limits: str = ""
     """What does not work with them, as a sentence; nothing where all does."""
 

@@ -80,6 +80,8 @@ class HuggingFaceLayout:
     """Key of the inner width of a SwiGLU that is no expert."""
     block: int = 0
     """Rows of a block where the configuration states none, of families that attend by blocks; 0 for the others."""
+    block_key: str = "block_size"
+    """Key of the length of a block."""
     rotates_in_part: bool = False
     """Whether partial_rotary_factor is read, and not refused."""
 
@@ -135,8 +137,10 @@ class HuggingFaceLayout:
             tied = True
             notes.append(f"tied head: the checkpoint has no '{self.names.head}'")
         length = read_size(raw, "max_position_embeddings")
-        if self.block and raw.get("block_size") is None:
-            notes.append(f"block_size {self.block}: not in config.json, taken from the released {self.released.title}")
+        if self.block and raw.get(self.block_key) is None:
+            notes.append(
+                f"{self.block_key} {self.block}: not in config.json, taken from the released {self.released.title}"
+            )
         shape = ModelShape(
             layers=layers,
             hidden=width,
@@ -150,7 +154,7 @@ class HuggingFaceLayout:
             rope_theta=read_rope_theta(raw, self.rope_theta),
             rope_float32=False,
             rope_fraction=fraction,
-            block=read_size(raw, "block_size", self.block) if self.block else 0,
+            block=read_size(raw, self.block_key, self.block) if self.block else 0,
             experts=experts,
             qkv_bias=self._has(source, "q_bias"),
             qk_norm=self._has(source, "q_norm"),

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from dllm_export.graphs.families.block_diffusion import has_block_length, names_diffcoder
 from dllm_export.graphs.families.converted import wraps_denoiser
 from dllm_export.graphs.families.family import KnownFamily, Marks, Source
 
 STOCK = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM")
 STOCK_TYPES = ("llama", "qwen2", "qwen3", "gpt2", "mistral")
-BY_BLOCKS = "it attends by blocks, of which each sees itself and what lies before it; generation does not do that yet"
-
-
-def has_query_norms(source: Source) -> bool:
-    """DreamReasoner shares names with Dream, and has query and key norms in place of biases."""
-    return source.has("self_attn.q_norm.weight")
-
-
-def names_diffcoder(source: Source) -> bool:
-    """Stable-DiffCoder calls itself a Llama; its architecture or its remote code says what it is."""
-    remote = source.config.get("auto_map")
-    named = str(list(remote.values())) if isinstance(remote, Mapping) else ""
-    return "diffcoder" in (source.architecture + named).lower()
-
-
-def has_block_length(source: Source) -> bool:
-    """Fast-dLLM v2 has Qwen2's layers and the length of its blocks."""
-    return source.architecture.startswith("Fast_dLLM") or "bd_size" in source.config
 
 
 def shows_no_diffusion(source: Source) -> bool:
@@ -46,38 +27,6 @@ KNOWN = (
         title="RND1-Base-30B-A3B",
         marks=Marks(architectures=("RND1*",), model_types=("rnd1",)),
         reason="its layers are those of sdar-moe without blocks, but no configuration of it has been read yet",
-    ),
-    KnownFamily(
-        name="sdar",
-        title="SDAR 1.7B to 8B, TraDo",
-        marks=Marks(architectures=("SDARForCausalLM",), model_types=("sdar",)),
-        reason=f"{BY_BLOCKS}; its layers are those of a2d-qwen3",
-    ),
-    KnownFamily(
-        name="dream-reasoner",
-        title="DreamReasoner-8B",
-        marks=Marks(architectures=("DreamForCausalLM",), model_types=("Dream",), confirm=has_query_norms),
-        reason=f"{BY_BLOCKS}; unlike Dream it has query and key norms and no shift",
-    ),
-    KnownFamily(
-        name="stable-diffcoder",
-        title="Stable-DiffCoder-8B",
-        marks=Marks(
-            architectures=("StableDiffcoderForCausalLM", "StableDiff[cC]oder*", "LlamaForCausalLM"),
-            model_types=("llama",),
-            confirm=names_diffcoder,
-        ),
-        reason=BY_BLOCKS,
-    ),
-    KnownFamily(
-        name="fast-dllm-v2",
-        title="Fast-dLLM v2 1.5B and 7B",
-        marks=Marks(
-            architectures=("Fast_dLLM_QwenForCausalLM", "Fast_dLLM*", "Qwen2ForCausalLM"),
-            model_types=("Fast_dLLM_Qwen", "qwen2"),
-            confirm=has_block_length,
-        ),
-        reason=f"{BY_BLOCKS}, and inside a block a row predicts the next one's token",
     ),
     KnownFamily(
         name="diffugpt",

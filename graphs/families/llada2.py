@@ -1,6 +1,6 @@
 """LLaDA2.0 and 2.1, mini and flash: sigmoid routers with groups and a shared expert, heads that rotate by half.
 
-Export only: it attends by blocks, which generation does not do yet.
+It attends by blocks, whose length the configuration may leave out.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_experts(raw: Mapping[str, object]) -> Experts:
 
 LAYOUT = HuggingFaceLayout(
     family="llada2",
-    sampler=SamplerDefaults(gen_length=2048, block_length=32),
+    sampler=SamplerDefaults(gen_length=2048, block_length=32, transfer="dynamic"),
     released=ReleasedTokens(title="LLaDA2", vocab=157184, mask=156895, eos=156892, pad=156892, texts=("<|mask|>",)),
     end_of_turn="<|role_end|>",
     names=NAMES,
@@ -88,6 +88,6 @@ LLADA2 = Family(
     sizes=("16.26 B", "102.89 B"),
     layout="LLaDA2",
     sampler=LAYOUT.sampler,
-    generates=False,
-    limits="generation does not attend by blocks yet",
+    by_blocks=True,
+    limits="no token editing (2.1, 2.2): decided tokens stay",
 )

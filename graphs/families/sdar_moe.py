@@ -1,6 +1,6 @@
 """SDAR-30B-A3B: Qwen3-MoE's layers, eight of 128 experts a token with shares that sum to 1.
 
-Export only: it attends by blocks, which generation does not do yet.
+It attends by blocks, whose length the configuration may leave out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_experts(raw: Mapping[str, object]) -> Experts:
 
 LAYOUT = HuggingFaceLayout(
     family="sdar-moe",
-    sampler=SamplerDefaults(gen_length=256, block_length=4),
+    sampler=SamplerDefaults(gen_length=256, block_length=4, transfer="dynamic"),
     released=ReleasedTokens(title="SDAR", vocab=151936, mask=151669, eos=151643, pad=151643, texts=("<|MASK|>",)),
     end_of_turn="<|im_end|>",
     names=MOE_NAMES,
@@ -48,6 +48,5 @@ SDAR_MOE = Family(
     sizes=("30.53 B",),
     layout=LAYOUT.title,
     sampler=LAYOUT.sampler,
-    generates=False,
-    limits="generation does not attend by blocks yet",
+    by_blocks=True,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dllm_export.runtime.policies.block import BlockCache
 from dllm_export.runtime.policies.dkv_decode import DkvDecode
 from dllm_export.runtime.policies.dkv_greedy import DkvGreedy
 from dllm_export.runtime.policies.dllm_cache import DllmCache
@@ -35,6 +36,7 @@ POLICIES: Mapping[str, type[CachePolicy]] = {
         SpaCache,
         PrefixCache,
         DualCache,
+        BlockCache,
         FreeCache,
         WindowCache,
         DkvDecode,
@@ -46,6 +48,7 @@ POLICIES: Mapping[str, type[CachePolicy]] = {
 
 __all__ = [
     "POLICIES",
+    "BlockCache",
     "CachePolicy",
     "Compaction",
     "DkvDecode",

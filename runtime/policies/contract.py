@@ -46,6 +46,11 @@ def make_plan(policy: CachePolicy, state: StepState) -> StepPlan:
     return plan
 
 
+def suits(policy: CachePolicy | type[CachePolicy], *, by_blocks: bool) -> bool:
+    """Whether a policy counts on the attention that a model has: by blocks, or of all rows to all."""
+    return getattr(policy, "attention", "any") in ("any", "blocks" if by_blocks else "full")
+
+
 def find_fault(plan: object, state: StepState) -> str | None:
     """What is wrong with a plan, or None."""
     if not isinstance(plan, StepPlan):

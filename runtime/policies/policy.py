@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 LayerGraph = Literal["layer_full", "layer_partial", "layer_adaptive", "layer_tracking", "layer_indicated", "layer_skip"]
 PICKING_GRAPHS = ("layer_adaptive", "layer_tracking", "layer_indicated")
 """Layers that pick `budget` of the alive rows by how far they drifted."""
+Attention = Literal["any", "full", "blocks"]
+"""What a policy counts on: rows that all see each other, or blocks that see themselves and those before them. A policy that
+does not serve any kind has a class variable `attention`."""
 Reference = Literal["input", "indicator"]
 Alive = Literal["sequence", "response", "rows"]
 StepKind = Literal["full", "split", "refresh_prompt", "refresh_response", "partial"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import option
 from dllm_export.runtime.policies.none import NoCache
-from dllm_export.runtime.policies.policy import CachePolicy, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.policy import Attention, CachePolicy, Rows, StepPlan, StepState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,7 @@ class SharedPrefix:
     base: CachePolicy = option(NoCache(), "the policy whose full steps are split", strategy=True)
     refresh_interval: int = option(16, "base none: steps between refreshes of the prefix in the deeper layers")
     name: ClassVar[str] = "shared-prefix"
+    attention: ClassVar[Attention] = "full"
 
     def __post_init__(self) -> None:
         if self.refresh_interval < 1:
@@ -30,6 +31,11 @@ class SharedPrefix:
             )
         if isinstance(self.base, SharedPrefix):
             raise UsageError("--base is shared-prefix itself, expected another policy, such as none or dual")
+        if getattr(self.base, "attention", "any") == "blocks":
+            raise UsageError(
+                f"--base is {self.base.name}, which is for models that attend by blocks and has no full step to split: take "
+                f"another policy, such as none or dual"
+            )
 
     @property
     def needs_upcoming(self) -> bool:

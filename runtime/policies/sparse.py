@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import option
-from dllm_export.runtime.policies.policy import Compaction, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.policy import Attention, Compaction, Rows, StepPlan, StepState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,7 @@ class SparseCache:
 
     keep_ratio: float = option(0.5, "share of the rows outside the block that stay cached in every layer")
     name: ClassVar[str] = "sparse"
+    attention: ClassVar[Attention] = "full"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep_ratio <= 1.0:

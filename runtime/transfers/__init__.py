@@ -8,14 +8,17 @@ from dllm_export.runtime.transfers.apd import AdaptiveThreshold
 from dllm_export.runtime.transfers.credit import Credit
 from dllm_export.runtime.transfers.ddpm import Ddpm, DdpmCache
 from dllm_export.runtime.transfers.dream import Dream
+from dllm_export.runtime.transfers.dynamic import Dynamic
 from dllm_export.runtime.transfers.entropy_bound import EntropyBound
 from dllm_export.runtime.transfers.factor import Factor
+from dllm_export.runtime.transfers.first_hitting import FirstHitting
 from dllm_export.runtime.transfers.hierarchy import Hierarchy
 from dllm_export.runtime.transfers.klass import Klass
 from dllm_export.runtime.transfers.origin import Origin
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.sedd import Sedd
 from dllm_export.runtime.transfers.slow_fast import SlowFast
+from dllm_export.runtime.transfers.sub_blocks import SubBlocks
 from dllm_export.runtime.transfers.threshold import Threshold
 from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
 from dllm_export.runtime.transfers.wino import Wino
@@ -23,6 +26,8 @@ from dllm_export.runtime.transfers.wino import Wino
 ALL: tuple[type[Transfer], ...] = (
     Quota,
     Threshold,
+    Dynamic,
+    SubBlocks,
     Factor,
     EntropyBound,
     Hierarchy,
@@ -33,6 +38,7 @@ ALL: tuple[type[Transfer], ...] = (
     Wino,
     Ddpm,
     DdpmCache,
+    FirstHitting,
     Sedd,
     Dream,
     Origin,
@@ -47,14 +53,17 @@ __all__ = [
     "Ddpm",
     "DdpmCache",
     "Dream",
+    "Dynamic",
     "EntropyBound",
     "Factor",
+    "FirstHitting",
     "Hierarchy",
     "Klass",
     "Origin",
     "Quota",
     "Sedd",
     "SlowFast",
+    "SubBlocks",
     "Threshold",
     "Transfer",
     "TransferState",

@@ -33,6 +33,7 @@ class Ddpm(Transfer):
     eps: float = option(1e-5, EPS)
     name: ClassVar[str] = "ddpm"
     keeps_schedule: ClassVar[bool] = True
+    reveals: ClassVar[bool] = True
     head: ClassVar[HeadGraph] = "head_drawn"
     extra_steps: ClassVar[int] = 1
 

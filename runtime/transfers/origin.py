@@ -21,6 +21,7 @@ class Origin(Transfer):
     eps: float = option(1e-3, EPS)
     name: ClassVar[str] = "origin"
     keeps_schedule: ClassVar[bool] = True
+    reveals: ClassVar[bool] = True
     idles: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -77,6 +77,8 @@ class Transfer(Protocol):
     """Whether `ranking` is of the distribution that tokens are drawn from: after temperature, top-p and top-k."""
     verifies: ClassVar[bool] = False
     """Whether the rule looks at `verified`: a step with decided rows in its block then also runs the block's shadow."""
+    reveals: ClassVar[bool] = False
+    """Whether `reveal` says before a step runs which candidates it commits; such a rule `draws`."""
     idles: ClassVar[bool] = False
     """Whether a step that is known to commit nothing is left out, its forward pass too."""
 
@@ -97,6 +99,10 @@ class Transfer(Protocol):
     def quotas(self, begun: NDArray[np.int64], masked: NDArray[np.int64], step: int, steps: int) -> NDArray[np.int64]:
         """Rows that a step of a block's schedule commits in each sequence [B], by its masks at the block's begin and now."""
         return commit_counts(begun, steps)[:, step - 1]
+
+    def reveal(self, draw: NDArray[np.float64], step: int, steps: int) -> NDArray[np.int64]:
+        """Of a rule that `reveals`: the candidates that a step of a block commits, by their random numbers [n]."""
+        return np.zeros(0, np.int64)
 
     def noise_level(self, step: int, steps: int) -> float:
         """What a step of a block shows to a model that sees the noise level."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dllm_export.errors import CheckpointError, IncompatibleError, UsageError
+from dllm_export.errors import CheckpointError, UsageError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.checkpoint import expected_tensors, open_checkpoint
 from dllm_export.exporter.folding import condition, fold_layer, fold_norm, split_layer, time_table
@@ -29,8 +29,6 @@ from dllm_export.graphs import ModelShape, graph_specs, with_stages
 from dllm_export.graphs.families import Source, SpecialTokens, detect_family
 from dllm_export.graphs.torch_ops import TorchOps
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.model import DiffusionLM
-from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.runtime.tensorrt.library import load_tensorrt
 from dllm_export.tools.demo_checkpoint import byte_tokenizer
@@ -354,16 +352,9 @@ def test_bd3lm_is_exported_and_its_graphs_verify(bd3lm: Path, tmp_path: Path) ->
     assert (bundle.manifest.family, bundle.manifest.shape.block) == ("bd3lm", 4)
     report = verify(bundle)
     assert report.passed
-    assert report.checks[-1].detail.startswith("left out: generation does not attend by blocks")
-
-
-def test_bd3lm_refuses_to_generate_and_says_why(bd3lm: Path, tmp_path: Path) -> None:
-    bundle = export(bd3lm, tmp_path / "bundle", ExportOptions(no_tokenizer=True))
-    with (
-        DiffusionLM.from_pretrained(bundle.path) as model,
-        pytest.raises(IncompatibleError, match="attends by blocks of 4 rows"),
-    ):
-        model.run(model.continuation([[1, 2]], GenerationOptions(gen_length=4)))
+    assert [check.name for check in report.checks[-3:]] == [
+        f"generation {name}" for name in ("none", "dllm-cache", "block")
+    ]
 
 
 @pytest.mark.parametrize(

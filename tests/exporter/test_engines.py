@@ -35,6 +35,7 @@ HALF = [
     *((variant, dtype) for variant in ("plain", "gqa", "bias", "tied") for dtype in ("float16", "bfloat16")),
     ("qk_norm", "bfloat16"),
     ("dream", "bfloat16"),
+    ("blocks", "bfloat16"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dllm_export.errors import CheckpointError, IncompatibleError
+from dllm_export.errors import CheckpointError
 from dllm_export.exporter.checkpoint import open_checkpoint
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
 from dllm_export.exporter.verify import TOLERANCES, relative_error, run_graph, verify
 from dllm_export.graphs import DType, Experts, ModelShape, layer_graph
+from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import CachePolicy, DllmCache, DualCache, NoCache
+from dllm_export.runtime.policies import BlockCache, CachePolicy, DllmCache, DualCache, NoCache
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.session import Session, SessionOptions, open_session
 from dllm_export.runtime.sessions.torch import TorchSession
@@ -94,7 +96,9 @@ def our_logits(bundle: Bundle, tokens: NDArray[np.int32], dtype: DType = "float6
     shape, (batch, rows) = bundle.manifest.shape, tokens.shape
     position = np.tile(np.arange(rows), (batch, 1))
     cos, sin = rotary_tables(shape, position)
-    context = {"cos": cos, "sin": sin, "mask": np.ones((batch, rows), np.bool_)}
+    mask = np.ones((batch, rows), np.bool_)
+    context = {"cos": cos, "sin": sin, "mask": mask, "block": number_blocks(mask, shape.block or rows)}
+    context = {name: value for name, value in context.items() if shape.block or name != "block"}
     hidden = run_graph(bundle, session, "embed", None, {"tokens": tokens})["hidden_out"]
     for layer in range(shape.layers):
         graph = layer_graph(shape, "layer_full", layer)
@@ -113,9 +117,7 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 # -- transformers
-def test_logits_are_those_of_qwen3_moe_with_all_rows_visible(
-    checkpoints: dict[str, Path], bundles: dict[str, Bundle]
-) -> None:
+def test_logits_are_those_of_qwen3_moe_by_blocks(checkpoints: dict[str, Path], bundles: dict[str, Bundle]) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     shape = SHAPES["sdar-moe"]
@@ -139,7 +141,9 @@ def test_logits_are_those_of_qwen3_moe_with_all_rows_visible(
         experts_implementation="eager",
     )
     model = Qwen3MoeForCausalLM.from_pretrained(checkpoints["sdar-moe"], config=config, dtype=torch.float64).eval()
-    visible = torch.zeros(len(TOKENS), 1, TOKENS.shape[1], TOKENS.shape[1], dtype=torch.float64)
+    blocks = torch.arange(TOKENS.shape[1]) // shape.block
+    hidden = torch.where(blocks[None, :] > blocks[:, None], -torch.inf, 0.0).double()
+    visible = hidden.expand(len(TOKENS), 1, *hidden.shape)
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(TOKENS).long(), attention_mask=visible).logits
     found = our_logits(bundles["sdar-moe"], TOKENS)
@@ -266,13 +270,24 @@ def test_onnxruntime_is_verified_against_torch_and_the_checkpoint(
     assert ("layer_full_dense" in graphs) is (family == "llada2")
 
 
-def test_generation_refuses_models_that_attend_by_blocks(bundles: dict[str, Bundle]) -> None:
-    for family in ("sdar-moe", "llada2"):
-        bundle = bundles[family]
-        with DiffusionLM(bundle, open_session(bundle, SessionOptions(provider="torch", threads=1))) as lm:
-            options = GenerationOptions(gen_length=8, block_length=8)
-            with pytest.raises(IncompatibleError, match=f"attends by blocks of {SHAPES[family].block} rows"):
-                lm.run(lm.continuation([[1, 2, 3]], options), options)
+@pytest.mark.parametrize("family", ["sdar-moe", "llada2"])
+def test_a_model_that_attends_by_blocks_generates_the_same_with_blocks_cached_on_every_provider(
+    family: str, bundles: dict[str, Bundle]
+) -> None:
+    bundle, options = bundles[family], GenerationOptions(gen_length=14, block_length=8)
+    sessions: list[Session] = [
+        open_session(bundle, SessionOptions(threads=1, prepack="on")),
+        TorchSession(bundle, SessionOptions(provider="torch", threads=1), dtype="float64"),
+    ]
+    texts = []
+    for session, policy in product(sessions, (NoCache(), BlockCache(), DualCache())):
+        lm = DiffusionLM(bundle, session)
+        request = lm.continuation([TOKENS[0, :17].tolist(), TOKENS[1, :5].tolist()], options)
+        texts.append([result.tokens for result in lm.run(request, options, policy)])
+    assert all(text == texts[0] for text in texts)
+    assert len(set(texts[0][0])) > 3
+    for session in sessions:
+        session.close()
 
 
 POLICIES: Mapping[str, CachePolicy] = {

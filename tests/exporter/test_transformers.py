@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from dllm_export.exporter.verify import verify
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import FAMILIES
 from dllm_export.graphs.torch_ops import TorchOps
+from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import NoCache
+from dllm_export.runtime.policies import BlockCache, DualCache, NoCache
 from dllm_export.runtime.rope import rotary_tables
 from dllm_export.runtime.session import SessionOptions, open_session
-from dllm_export.runtime.transfers import Quota
+from dllm_export.runtime.transfers import Dynamic, Quota, SubBlocks, Transfer
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
@@ -65,12 +67,20 @@ MODELS = {
     "dream": Model("Qwen2", {"tie_word_embeddings": False}),
     "open-dcoder": Model("Qwen2", {"tie_word_embeddings": True}),
     "diffullama": Model("Llama", {"tie_word_embeddings": False}),
+    "sdar": Model("Qwen3", {"tie_word_embeddings": False, "head_dim": 20}),
+    "dream-reasoner": Model("Qwen3", {"tie_word_embeddings": False, "head_dim": 12}),
+    "stable-diffcoder": Model("Llama", {"tie_word_embeddings": False}),
+    "fast-dllm-v2": Model("Qwen2", {"tie_word_embeddings": True}),
 }
+BY_BLOCKS = ("sdar", "dream-reasoner", "stable-diffcoder", "fast-dllm-v2")
+BLOCK = 4
+"""Rows of a block in the checkpoints of these; Stable-DiffCoder's do not say, and it is what the released ones have."""
 NAMED = ("open-dcoder", "diffullama")
 """Families whose checkpoints look like those of an autoregressive model."""
-SHIFTED = ("dream", *NAMED)
+SHIFTED = ("dream", "fast-dllm-v2", *NAMED)
 every_family = pytest.mark.parametrize("family", MODELS)
-
+every_full_family = pytest.mark.parametrize("family", [family for family in MODELS if family not in BY_BLOCKS])
+every_block_family = pytest.mark.parametrize("family", [family for family in BY_BLOCKS if family not in SHIFTED])
 SHAPE = ModelShape(
     layers=3, hidden=48, heads=4, kv_heads=2, head_dim=12, mlp=80, vocab=VOCABULARY, max_length=64, norm_eps=1e-6,
     rope_theta=1e4, rope_float32=False,
@@ -102,13 +112,14 @@ def write_published(directory: Path, family: str, shard_size: str = "5GB") -> Pa
         "mask_token_id": MASK,
         "eos_token_id": END,
         "pad_token_id": END,
+        **({"bd_size" if family == "fast-dllm-v2" else "block_size": BLOCK} if family in BY_BLOCKS else {}),
     }
     (directory / "config.json").write_text(json.dumps(raw))
     return directory
 
 
 def open_published(directory: Path, family: str) -> Callable[[Array], Array]:
-    """Logits [B, T, V] by transformers, every row seeing every other."""
+    """Logits [B, T, V] by transformers, every row seeing every other, or its block and those before."""
     base = MODELS[family].base
     config = getattr(transformers, f"{base}Config").from_dict(json.loads((directory / "config.json").read_text()))
     network = getattr(transformers, f"{base}ForCausalLM").from_pretrained(
@@ -117,7 +128,9 @@ def open_published(directory: Path, family: str) -> Callable[[Array], Array]:
 
     def forward(tokens: Array) -> Array:
         batch, length = tokens.shape
-        visible = torch.zeros(batch, 1, length, length, dtype=torch.float64)
+        blocks = torch.arange(length) // (BLOCK if family in BY_BLOCKS else length)
+        hidden = torch.where(blocks[None, :] > blocks[:, None], -torch.inf, 0.0).double()
+        visible = hidden.expand(batch, 1, length, length)
         with torch.no_grad():
             return np.asarray(network(torch.from_numpy(tokens), attention_mask=visible, use_cache=False).logits)
 
@@ -140,7 +153,8 @@ def logits_of(bundle: Bundle, tokens: Array) -> Array:  # [B, T] -> [B, T, V]
     hidden = run("embed", tokens=tokens.astype(np.int32))["hidden_out"]
     for layer in range(shape.layers):
         mask = np.ones((batch, length), np.bool_)
-        hidden = run("layer_full", layer, hidden=hidden, cos=cos, sin=sin, mask=mask)["hidden_out"]
+        blocks = {"block": number_blocks(mask, shape.block)} if shape.block else {}
+        hidden = run("layer_full", layer, hidden=hidden, cos=cos, sin=sin, mask=mask, **blocks)["hidden_out"]
     index = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
     out = run("head", hidden=hidden, index=index, bias=np.zeros(shape.vocab, np.float32))
     logits = np.empty((batch, length, shape.vocab))
@@ -184,7 +198,8 @@ def test_logits_of_a_published_checkpoint_equal_those_of_transformers(
 def test_logits_of_a_checkpoint_written_here_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     shape = replace(
         SHAPE,
-        qk_norm=family == "a2d-qwen3",
+        qk_norm=MODELS[family].base == "Qwen3",
+        block=BLOCK if family in BY_BLOCKS else 0,
         qkv_bias=MODELS[family].base == "Qwen2",
         tied_head=bool(MODELS[family].settings["tie_word_embeddings"]),
         shift=family in SHIFTED,
@@ -244,7 +259,7 @@ def open_model(bundle: Bundle, provider: str) -> Iterator[DiffusionLM]:
         yield model
 
 
-@every_family
+@every_full_family
 def test_a_generation_is_that_of_transformers_token_for_token_on_every_provider(
     family: str, published: dict[str, Path], bundles: dict[str, Bundle]
 ) -> None:
@@ -259,6 +274,152 @@ def test_a_generation_is_that_of_transformers_token_for_token_on_every_provider(
         with open_model(bundles[family], provider) as model:
             results = model.run(model.continuation(prompts, options), options, NoCache(), Quota())
         assert [list(result.tokens) for result in results] == expected, provider
+
+
+@dataclass(frozen=True)
+class Static:
+    """Of SDAR's strategies the even one: as many of the surest rows in every step."""
+
+    def choose(self, sure: Array, due: int) -> int:
+        return due
+
+
+@dataclass(frozen=True)
+class Confident(Static):
+    """`low_confidence_dynamic`: all above the threshold where they are enough, else as many as are due."""
+
+    threshold: float
+
+    def choose(self, sure: Array, due: int) -> int:
+        above = int((sure > self.threshold).sum())
+        return above if above >= due else due
+
+
+def plain_blocks(
+    forward: Callable[[Array], Array], prompt: list[int], length: int, steps: int, strategy: Static
+) -> tuple[list[int], int]:
+    """SDAR's loop over blocks that are counted from the prompt's first token: (tokens, steps that ran)."""
+    total, ran = -(-(len(prompt) + length) // BLOCK) * BLOCK, 0
+    canvas = np.array([*prompt, *[MASK] * (total - len(prompt))])
+    for start in range(len(prompt) // BLOCK * BLOCK, total, BLOCK):
+        rows = np.arange(start, start + BLOCK)
+        for step in range(steps):
+            undecided = canvas[rows] == MASK
+            if not undecided.any():
+                break
+            logits = forward(canvas[None, : start + BLOCK])[0, rows]
+            logits[:, MASK] = -np.inf
+            probability = np.exp(logits - logits.max(-1, keepdims=True))
+            sure = np.where(undecided, probability.max(-1) / probability.sum(-1), -1)
+            due = BLOCK // steps + (step < BLOCK % steps)
+            count = min(strategy.choose(sure, due), int(undecided.sum()))
+            chosen = np.argsort(-sure, kind="stable")[:count]
+            canvas[rows[chosen]] = logits[chosen].argmax(-1)
+            ran += 1
+    return [int(token) for token in canvas[len(prompt) : len(prompt) + length]], ran
+
+
+PROMPTS = [
+    [int(token) for token in draw_tokens(seed)[0] if token < END][:cut] for seed, cut in enumerate((3, 8, 10, 7))
+]
+"""Shorter than a block, whole blocks, and ends within one."""
+
+
+@every_block_family
+@pytest.mark.parametrize("steps", [4, 2])
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_a_generation_by_blocks_is_the_published_loop_token_for_token_with_every_policy_that_is_exact(
+    family: str, steps: int, threshold: float | None, published: dict[str, Path], bundles: dict[str, Bundle]
+) -> None:
+    forward, length = open_published(published[family], family), 14
+    strategy, rule = (Static(), Quota()) if threshold is None else (Confident(threshold), Dynamic(threshold=threshold))
+    plain = [plain_blocks(forward, prompt, length, steps, strategy) for prompt in PROMPTS]
+    expected = [tokens for tokens, _ in plain]
+    assert len({token for tokens in expected for token in tokens}) > 5
+    options = GenerationOptions(gen_length=length, steps=steps * 4, temperature=0.0, top_p=1.0)
+    for provider, policy in product(("torch", "onnxruntime"), (NoCache(), BlockCache(), DualCache())):
+        with open_model(bundles[family], provider) as model:
+            for prompt, (tokens, ran) in zip(PROMPTS, plain, strict=True):
+                (alone,) = model.run(model.continuation([prompt], options), options, policy, rule)
+                assert (list(alone.tokens), alone.passes) == (tokens, ran), (provider, policy.name)
+            together = model.run(model.continuation(PROMPTS, options), options, policy, rule)
+        assert [list(result.tokens) for result in together] == expected, (provider, policy.name)
+
+
+def plain_sub_blocks(
+    forward: Callable[[Array], Array], prompt: list[int], length: int, part: int, threshold: float
+) -> tuple[list[int], int]:
+    """Fast-dLLM v2's loop: a finished block's last row decides the next token, then parts of the block go by a threshold.
+
+    Row j of the block is read from row j - 1. (tokens, passes); the pass that ends a block is counted with the next one.
+    """
+    total, passes = -(-(len(prompt) + length) // BLOCK) * BLOCK, 0
+    canvas = np.array([*prompt, *[MASK] * (total - len(prompt))])
+
+    def look(rows: Array, end: int) -> tuple[Array, Array]:
+        logits = forward(canvas[None, :end])[0, rows]
+        logits[:, MASK] = -np.inf
+        probability = np.exp(logits - logits.max(-1, keepdims=True))
+        return logits.argmax(-1), probability.max(-1) / probability.sum(-1)
+
+    for start in range(len(prompt) // BLOCK * BLOCK, total, BLOCK):
+        if canvas[start] == MASK:
+            canvas[start], passes = look(np.array([start - 1]), start)[0][0], passes + 1
+        for first in range(start, start + BLOCK, part):
+            rows = np.arange(first, first + part)
+            while (undecided := canvas[rows] == MASK).any():
+                places = rows[undecided]
+                tokens, sure = look(places - 1, start + BLOCK)
+                chosen = (sure > threshold) | (np.arange(len(sure)) == sure.argmax())
+                canvas[places[chosen]] = tokens[chosen]
+                passes += 1
+    return [int(token) for token in canvas[len(prompt) : len(prompt) + length]], passes
+
+
+@pytest.mark.parametrize("part", [4, 2])
+@pytest.mark.parametrize("threshold", [0.9, 0.3])
+def test_a_generation_of_fast_dllm_v2_is_the_published_loop_token_for_token(
+    part: int, threshold: float, published: dict[str, Path], bundles: dict[str, Bundle]
+) -> None:
+    forward, bundle, length = open_published(published["fast-dllm-v2"], "fast-dllm-v2"), bundles["fast-dllm-v2"], 14
+    plain = [plain_sub_blocks(forward, prompt, length, part, threshold) for prompt in PROMPTS]
+    assert len({token for tokens, _ in plain for token in tokens}) > 5
+    assert bundle.manifest.sampler.transfer == "sub-blocks"
+    rule, options = SubBlocks(threshold=threshold, sub_block=part), GenerationOptions(gen_length=length)
+    for provider, policy in product(("torch", "onnxruntime"), (NoCache(), BlockCache(), DualCache())):
+        with open_model(bundle, provider) as model:
+            for prompt, (tokens, passes) in zip(PROMPTS, plain, strict=True):
+                (alone,) = model.run(model.continuation([prompt], options), options, policy, rule)
+                assert (list(alone.tokens), alone.passes) == (tokens, passes), (provider, policy.name)
+            together = model.run(model.continuation(PROMPTS, options), options, policy, rule)
+        assert [list(result.tokens) for result in together] == [tokens for tokens, _ in plain], (provider, policy.name)
+
+
+@pytest.mark.parametrize("rule", [Quota(), Dynamic(threshold=0.3), SubBlocks(sub_block=2)], ids=lambda rule: rule.name)
+def test_kept_blocks_are_exact_for_a_model_that_predicts_the_next_token_with_every_rule(
+    rule: Transfer, bundles: dict[str, Bundle]
+) -> None:
+    options = GenerationOptions(gen_length=14)
+    with open_model(bundles["fast-dllm-v2"], "torch") as model:
+        texts = [
+            [result.tokens for result in model.run(model.continuation(PROMPTS, options), options, policy, rule)]
+            for policy in (NoCache(), BlockCache())
+        ]
+    assert texts[0] == texts[1]
+
+
+@every_block_family
+def test_a_generation_without_blocks_would_be_another(
+    family: str, published: dict[str, Path], bundles: dict[str, Bundle]
+) -> None:
+    """What the tests above would see if rows saw all: else they would show nothing."""
+    options = GenerationOptions(gen_length=14, temperature=0.0)
+    with open_model(bundles[family], "torch") as model:
+        results = [
+            [result.tokens for result in model.run(model.continuation(PROMPTS, settings), settings, NoCache(), Quota())]
+            for settings in (options, replace(options, block_length=2))
+        ]
+    assert results[0] != results[1]
 
 
 @every_family

@@ -229,4 +229,4 @@ def test_every_flag_of_the_commands_that_generate_is_protected() -> None:
         assert command is not None
         names |= {str(parameter.name) for parameter in command.params}
     assert names <= taken
-    assert names >= COMMAND_FLAGS - {"json", "help", "debug"}
+    assert names >= COMMAND_FLAGS - {"json", "help", "debug", "rule"}, "--rule is another spelling of --transfer"

@@ -325,7 +325,7 @@ def test_a_policy_that_needs_the_order_is_refused_without_one(
     lm, options = open_model("onnxruntime"), GenerationOptions(gen_length=8, **keywords)
     sentence = (
         "--policy dkv-greedy must know which rows a step decides before the step runs, which takes --remasking random and "
-        f"--transfer quota, or --transfer ddpm, ddpm-cache or origin; these are {given}"
+        f"--transfer quota, or --transfer ddpm, ddpm-cache, first-hitting or origin; these are {given}"
     )
     with pytest.raises(UsageError, match=re.escape(sentence)) as caught:
         lm.run(lm.continuation([[1, 2]], options), options, DkvGreedy(), transfer)

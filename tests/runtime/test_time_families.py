@@ -25,6 +25,7 @@ from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import (
+    BlockCache,
     CachePolicy,
     DllmCache,
     DualCache,
@@ -77,7 +78,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of each family, and one of four symbols."""
     root = tmp_path_factory.mktemp("time")
     few = replace(SHAPE, vocab=SYMBOLS + 1, hidden=16, heads=2, kv_heads=2, mlp=64)
-    shapes = {"mdlm": SHAPE, "sedd": SHAPE, "mdlm few": few, "sedd few": few}
+    by_blocks = replace(SHAPE, block=4)
+    shapes = {"mdlm": SHAPE, "sedd": SHAPE, "bd3lm": by_blocks, "mdlm few": few, "sedd few": few}
     written = {
         name: write_random_checkpoint(root / name, shape, family=name.split()[0], seed=3)
         for name, shape in shapes.items()
@@ -262,6 +264,37 @@ def test_sedd_samples_what_the_published_loop_samples(
         assert sum(bool(frame.committed.any()) for frame in frames) > 8, "a test of one step would be none"
     for row, prompt in enumerate(PROMPTS):
         assert found[row] == sample_sedd(eager, prompt, 12, steps, OPTIONS.seed + row, predictor)
+
+
+# -- blocks
+def sample_bd3lm(model: EagerDit, prompt: list[int], length: int, seed: int) -> tuple[tuple[int, ...], int]:
+    """The published loop: in a block one mask after the other falls, each with the same chance. (tokens, passes)."""
+    rng, mask, passes = np.random.default_rng(seed), model.tensors["output_layer.linear.bias"].shape[0] - 1, 0
+    total = -(-(len(prompt) + length) // model.block) * model.block
+    canvas = np.array([*prompt, *[mask] * (total - len(prompt))])
+    for start in range(len(prompt) // model.block * model.block, total, model.block):
+        end = start + model.block
+        while (masked := start + np.flatnonzero(canvas[start:end] == mask)).size:
+            place = masked[rng.random(len(masked)).argmax()]
+            logits = look(model, canvas[:end], 0.0)[place]
+            canvas[place] = draw_token(softmax_without_mask(logits), rng)
+            passes += 1
+    return tuple(canvas[len(prompt) : len(prompt) + length].tolist()), passes
+
+
+@pytest.mark.parametrize("provider", ["float64", "onnxruntime"])
+@pytest.mark.parametrize("policy", [NoCache(), BlockCache(), DualCache()], ids=lambda policy: policy.name)
+def test_bd3lm_samples_what_the_published_loop_samples(
+    policy: CachePolicy, provider: str, checkpoints: dict[str, Path], open_model: OpenModel
+) -> None:
+    eager, options = load_eager_dit(checkpoints["bd3lm"]), GenerationOptions(gen_length=14, seed=5)
+    model = open_model("bd3lm", provider)
+    assert model.bundle.manifest.sampler.transfer == "first-hitting"
+    for prompt in ([7], PROMPTS[0], [*PROMPTS[0], *PROMPTS[1]]):
+        found, passes = run(model, None, policy, options, [prompt])
+        assert (found[0], passes) == sample_bd3lm(eager, prompt, 14, 5)
+    found, _ = run(model, None, policy, options, PROMPTS)
+    assert found[0] == sample_bd3lm(eager, PROMPTS[0], 14, 5)[0], "others of a batch change nothing"
 
 
 # -- skipping

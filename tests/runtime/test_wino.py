@@ -376,8 +376,8 @@ def test_every_policy_decides_every_row_and_masks_again_on_the_way(
 
 def test_no_policy_is_forgotten_here() -> None:
     used = {policy.name for policy in CACHING.values()} | {"none"}
-    # spa needs a bundle with an indicator: below. dkv-greedy goes with no rule but quota.
-    assert used == POLICIES.keys() - {"spa", "dkv-greedy"}
+    # spa needs a bundle with an indicator: below. dkv-greedy goes with no rule but quota; block is for models without a shadow.
+    assert used == POLICIES.keys() - {"spa", "dkv-greedy", "block"}
 
 
 def test_a_policy_with_indicators_runs_the_shadow_too(narrow_bundles: dict[str, Bundle]) -> None:

@@ -18,7 +18,7 @@ def test_a_person_reads_every_family_and_how_far_it_goes(capsys: pytest.CaptureF
     assert cli.run(["families"]) == 0
     text = capsys.readouterr().out
     assert all(name in text.split() for name in (*FAMILIES, *KNOWN_FAMILIES))
-    assert "export and verify only: generation does not attend by blocks yet" in map(describe_status, LINES.values())
+    assert "supported: no token editing (2.1, 2.2): decided tokens stay" in map(describe_status, LINES.values())
     assert describe_sampler(LINES["mdlm"].sampler) == "ddpm-cache, 128 in blocks of 128, temperature 1"
 
 
@@ -35,12 +35,14 @@ def test_a_machine_reads_the_same_and_more(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("name", ["llada", "illada", "a2d-qwen3", "mdlm"])
 def test_every_policy_applies_to_models_that_do_not_see_the_noise(name: str) -> None:
-    assert LINES[name].policies == tuple(POLICIES)
+    assert LINES[name].policies == tuple(policy for policy in POLICIES if policy != "block")
     assert "sedd" not in LINES[name].rules
     assert {"quota", "threshold"} < set(LINES[name].rules)
 
 
 def test_what_generation_would_refuse_does_not_apply() -> None:
-    assert (LINES["bd3lm"].policies, LINES["bd3lm"].rules) == ((), ())
+    for name in ("bd3lm", "sdar", "llada2"):
+        assert set(POLICIES) - set(LINES[name].policies) == {"sparse", "shared-prefix"}
+        assert not {"wino", "sedd"} & set(LINES[name].rules)
     assert LINES["sedd"].rules == ("sedd",)
-    assert set(POLICIES) - set(LINES["sedd"].policies) == {"shared-prefix"}
+    assert set(POLICIES) - set(LINES["sedd"].policies) == {"shared-prefix", "block"}
