@@ -228,7 +228,8 @@ def test_ctrl_c_reaches_a_build_that_works_in_another_thread(unbuilt: Bundle, tm
     copy, main, pressed = copy_bundle(unbuilt, tmp_path), threading.get_ident(), threading.Event()
 
     def press(what: str, step: int, steps: int) -> None:
-        if what.startswith("engine layer_full") and threading.get_ident() != main and not pressed.is_set():
+        # Which graph's build leaves this thread is the library's affair, and not the same on every day.
+        if what.startswith("engine layer_") and threading.get_ident() != main and not pressed.is_set():
             pressed.set()
             signal.pthread_kill(main, signal.SIGINT)
 
@@ -237,7 +238,9 @@ def test_ctrl_c_reaches_a_build_that_works_in_another_thread(unbuilt: Bundle, tm
     assert pressed.is_set()
     listed = open_bundle(copy.path).manifest.engines
     assert plan_files(copy.path) == {record.file for record in listed}
-    assert [record.graph for record in listed] == ["embed"]
+    names = [record.graph for record in listed]
+    assert 1 <= len(names) < len(copy.specs)
+    assert names == list(copy.specs)[: len(names)]
 
 
 def test_a_plan_that_was_written_but_never_listed_is_built_again(
