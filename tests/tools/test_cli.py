@@ -347,6 +347,7 @@ EFFECTS = {
     "--min-ratio": (SPA, f"{SPA} --min-ratio 0.6", "confidence"),
     "--transfer": ("", "--transfer hierarchy", "passes"),
     "--threshold": ("--transfer threshold", "--transfer threshold --threshold 0.05", "passes"),
+    "--sub-block": ("--transfer sub-blocks", "--transfer sub-blocks --sub-block 2 --threshold 0", "passes"),
     "--factor": ("--transfer factor", "--transfer factor --factor 20", "passes"),
     "--gamma": ("--transfer entropy-bound", "--transfer entropy-bound --gamma 50", "passes"),
     "--low": ("--transfer hierarchy", "--transfer hierarchy --low 0.01 --high 0.9", "passes"),
