@@ -1,8 +1,10 @@
-"""ONNX reading of `Ops` with an operator of ONNX Runtime's own, for its kernels alone: experts as one node."""
+"""ONNX reading of `Ops` for ONNX Runtime on the CPU alone: its own operators, and those that are only slow on GPUs."""
 
 from __future__ import annotations
 
-from dllm_export.exporter.onnx_ops import OnnxOps, Value
+from onnx import TensorProto
+
+from dllm_export.exporter.onnx_ops import HIDDEN_SCORE, OnnxOps, Value
 from dllm_export.graphs.shape import Experts
 
 CONTRIB = "com.microsoft"
@@ -13,7 +15,38 @@ LEAST = 1e-30
 
 
 class ContribOps(OnnxOps):
-    """As `OnnxOps`, but experts are com.microsoft MoE."""
+    """As `OnnxOps`, but experts are com.microsoft MoE, attention in float32 is com.microsoft MultiHeadAttention, and rows are
+    scattered into a cache, which copies it once where Where and Gather go over it three times."""
+
+    def put_rows(self, rows: Value, index: Value, slot: Value, fresh: Value, cache: Value) -> Value:
+        known = self.unsqueeze(self.take_rows(fresh, index), 2)
+        updates = self.where(known, rows, self.take_rows(cache, index))
+        # (sequence, row) of each, and not the row among all: to reshape what comes out would copy it once more.
+        sequence = self.add(self.scale(index, 0), self.unsqueeze(self.positions(index, axis=0), 1))
+        places = self.concat((self.unsqueeze(sequence, 2), self.unsqueeze(index, 2)))
+        inputs = (cache, self._cast(places, TensorProto.INT64), updates)
+        return self._node("ScatterND", inputs, cache.type, cache.dims)
+
+    def attention(self, query: Value, key: Value, value: Value, mask: Value) -> Value:
+        heads, width = int(query.dims[2]), int(query.dims[3])
+        if query.type != TensorProto.FLOAT or int(key.dims[2]) != heads:
+            return super().attention(query, key, value, mask)  # no kernel of its own for these
+        inputs = [*map(self.merge_heads, (query, key, value)), Value("", query.type, ())]
+        if len(mask.dims) == 2:
+            inputs.append(self._cast(mask, TensorProto.INT32))
+        else:
+            zero, hidden = (self._scalar(TensorProto.FLOAT, number) for number in (0.0, HIDDEN_SCORE))
+            inputs += [Value("", query.type, ()), self.where(self.unsqueeze(mask, 1), zero, hidden)]
+        mixed = self._node(
+            "MultiHeadAttention",
+            inputs,
+            query.type,
+            (query.dims[0], query.dims[1], heads * width),
+            domain=CONTRIB,
+            num_heads=heads,
+            mask_filter_value=HIDDEN_SCORE,
+        )
+        return self.split_heads(mixed, heads, width)
 
     def experts(self, experts: Experts, x: Value, chosen: Value, share: Value, gate_up: Value, down: Value) -> Value:
         # The operator routes by itself: softmax, the k largest, scaled to a sum of 1. Logarithms of the shares give the

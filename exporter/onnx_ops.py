@@ -331,6 +331,10 @@ class OnnxOps:
     def lookup(self, table: Value, index: Value) -> Value:
         return self._node("Gather", (table, index), table.type, (*index.dims, *table.dims[1:]), axis=0)
 
+    def put_rows(self, rows: Value, index: Value, slot: Value, fresh: Value, cache: Value) -> Value:
+        # Where + Gather and not ScatterND: a scatter costs 4 to 15 times as much on GPUs (docs/decisions.md).
+        return self.where(self.unsqueeze(fresh, 2), self.take_rows(rows, slot), cache)
+
     def attention(self, query: Value, key: Value, value: Value, mask: Value) -> Value:
         # The form that fuses into one kernel in every TensorRT release we could check: scale on the query, key and value
         # heads repeated by Unsqueeze, Expand, Reshape, a Where mask, softmax in float32.

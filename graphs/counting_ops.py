@@ -184,6 +184,9 @@ class CountingOps:
         return Outline((*index.dims, *table.dims[1:]))
 
     # -- attention
+    def put_rows(self, rows: Outline, index: Outline, slot: Outline, fresh: Outline, cache: Outline) -> Outline:
+        return Outline(cache.dims)
+
     def attention(self, query: Outline, key: Outline, value: Outline, mask: Outline) -> Outline:
         batch, rows, heads, width = query.dims
         keys = key.dims[1]

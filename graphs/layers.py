@@ -64,14 +64,6 @@ def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N,
     return ops.narrow(turned, x)
 
 
-def put_rows(ops: Ops[T], rows: T, slot: T, fresh: T, cache: T) -> T:
-    """rows [B, Q, D] into cache [B, N, D]: row j is rows[slot[j]] where fresh[j], else the cached one.
-
-    Where + Gather and not ScatterND: a scatter costs 4 to 15 times as much on GPUs (docs/decisions.md).
-    """
-    return ops.where(ops.unsqueeze(fresh, 2), ops.take_rows(rows, slot), cache)
-
-
 def project_value(ops: Ops[T], x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, G*d]
     return project(ops, x, weights, "v")
 

@@ -189,6 +189,14 @@ class Ops(Protocol[T]):
         ...
 
     # -- the fused operations
+    def put_rows(self, rows: T, index: T, slot: T, fresh: T, cache: T) -> T:
+        """rows [B, Q, D] into cache [B, N, D]: row j is rows[slot[j]] where fresh[j], else the cached one.
+
+        `index` [B, Q] says the same from the other side: where each row belongs. A place that is named more than once is
+        named for equal rows.
+        """
+        ...
+
     def attention(self, query: T, key: T, value: T, mask: T) -> T:
         """softmax(query key^T / sqrt(head_dim)) value, softmax in float32.
 

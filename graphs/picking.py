@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
-from dllm_export.graphs.layers import find_visible, finish_rows, hand_over, put_rows
+from dllm_export.graphs.layers import find_visible, finish_rows, hand_over
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
@@ -57,7 +57,7 @@ def rotary_rows(ops: Ops[T], picked: Picked[T], t: Mapping[str, T]) -> tuple[T, 
 def put_picked(ops: Ops[T], picked: Picked[T], rows: T, t: Mapping[str, T], cache: T) -> T:
     """rows [B, Q, D] of the picked into cache [B, S, D], where they are fresh."""
     fresh = ops.both(t["fresh"], ops.take_rows(picked.chosen, t["slot"]))
-    return put_rows(ops, rows, ops.take_rows(picked.rank, t["slot"]), fresh, cache)
+    return ops.put_rows(rows, picked.position, ops.take_rows(picked.rank, t["slot"]), fresh, cache)
 
 
 def list_picked(picked: Picked[T], query: T, key: T, value: T) -> dict[str, T]:
@@ -78,7 +78,7 @@ def finish_picked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[st
     rows = ops.take_rows(t["hidden"], t["row"])
     visible = find_visible(ops, t)
     new_delta = finish_rows(ops, shape, rows, t["query"], t["key"], t["value"], visible, t)
-    delta = put_rows(ops, new_delta, t["rank"], t["chosen"], t["delta"])
+    delta = ops.put_rows(new_delta, t["row"], t["rank"], t["chosen"], t["delta"])
     return {"hidden_out": ops.add(t["hidden"], delta), "delta_out": delta}
 
 

@@ -16,7 +16,6 @@ from dllm_export.graphs.layers import (
     project,
     project_query_key,
     project_value,
-    put_rows,
 )
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.picking import list_picked, measure_drift, pick_layer, pick_rows, put_picked, rotary_rows
@@ -55,8 +54,8 @@ def project_partial(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[
     inner = normalize(ops, shape, t["hidden"], t, "norm1")
     cos, sin = ops.take_rows(t["cos"], t["index"]), ops.take_rows(t["sin"], t["index"])
     query, key = project_query_key(ops, shape, inner, cos, sin, t)
-    key = put_rows(ops, key, t["slot"], t["fresh"], t["key"])
-    value = put_rows(ops, project_value(ops, inner, t), t["slot"], t["fresh"], t["value"])
+    key = ops.put_rows(key, t["index"], t["slot"], t["fresh"], t["key"])
+    value = ops.put_rows(project_value(ops, inner, t), t["index"], t["slot"], t["fresh"], t["value"])
     return {"query_out": query, "key_out": key, "value_out": value}
 
 
@@ -81,7 +80,7 @@ def project_adaptive(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict
     inner = normalize(ops, shape, t["hidden"], t, "norm1")
     new_value = project_value(ops, inner, t)
     drift = measure_drift(ops, new_value, ops.take_rows(t["value"], t["index"]))
-    value = put_rows(ops, new_value, t["slot"], t["fresh"], t["value"])
+    value = ops.put_rows(new_value, t["index"], t["slot"], t["fresh"], t["value"])
     picked = pick_rows(ops, drift, t)
     query, new_key = project_query_key(ops, shape, ops.take_rows(inner, picked.row), *rotary_rows(ops, picked, t), t)
     key = put_picked(ops, picked, new_key, t, t["key"])
@@ -125,8 +124,8 @@ def project_indicated(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dic
     drift = measure_drift(ops, indicator, t["indicator"])
     cos, sin = (ops.take_rows(t[name], t["index"]) for name in ("cos", "sin"))
     query, new_key = project_query_key(ops, shape, inner, cos, sin, t)
-    key = put_rows(ops, new_key, t["slot"], t["fresh"], t["key"])
-    value = put_rows(ops, project_value(ops, inner, t), t["slot"], t["fresh"], t["value"])
+    key = ops.put_rows(new_key, t["index"], t["slot"], t["fresh"], t["key"])
+    value = ops.put_rows(project_value(ops, inner, t), t["index"], t["slot"], t["fresh"], t["value"])
     picked = pick_rows(ops, drift, t)
     listed = list_picked(picked, ops.take_rows(query, picked.row), key, value)
     return listed | {"indicator_out": indicator, "drift": drift}
@@ -173,7 +172,8 @@ def copy_rows(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T
 
 def join_rows(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Alive rows back into the whole sequence: position j is row slot[j] of `hidden` where fresh[j], else that of `rest`."""
-    return {"hidden_out": put_rows(ops, t["hidden"], t["slot"], t["fresh"], t["rest"])}
+    placed = ops.take_rows(t["hidden"], t["slot"])
+    return {"hidden_out": ops.where(ops.unsqueeze(t["fresh"], 2), placed, t["rest"])}
 
 
 def guidance(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:

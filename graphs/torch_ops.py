@@ -190,6 +190,9 @@ class TorchOps:
     def lookup(self, table: Tensor, index: Tensor) -> Tensor:
         return torch.nn.functional.embedding(index.long(), table) if table.dim() == 2 else table[index.long()]
 
+    def put_rows(self, rows: Tensor, index: Tensor, slot: Tensor, fresh: Tensor, cache: Tensor) -> Tensor:
+        return torch.where(fresh[:, :, None], self.take_rows(rows, slot), cache)
+
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         visible = mask[:, None] if mask.dim() == 3 else mask[:, None, None]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.graphs import DType, GraphSpec, ModelShape, TensorSpec, graph_specs
 from dllm_export.graphs.torch_ops import TorchOps
+from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.rope import rotary_tables
 
 Array = NDArray[Any]
@@ -77,6 +78,7 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "cos": cos,
         "sin": sin,
         "mask": column >= PADDING,
+        "block": number_blocks(column >= PADDING, shape.block or length),
         "index": draw_copies(rng, sizes) if spec.name.startswith("copy_") else index,
         "slot": slot,
         "fresh": fresh,
