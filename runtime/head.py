@@ -22,6 +22,9 @@ MOVED = ("divergence", "similarity")
 DRAWN = ("drawn", "drawn_logit")
 """What `head_drawn` gives beside the statistics."""
 
+STEP = 32
+"""Rows by which candidates are padded where they are many."""
+
 BANNED = -1e30
 """Logit bias of a token that must not be chosen; its probability is exactly 0 in float32."""
 
@@ -209,5 +212,8 @@ class Head:
 
 
 def bucket(count: int, largest: int) -> int:
-    """Candidate rows are padded to a power of two, so that few programs serve all steps."""
-    return min(largest, 1 << max(count - 1, 0).bit_length())
+    """Candidate rows are padded, so that few programs serve all steps: to a power of two, above 32 to a multiple of 32.
+
+    A head's cost grows with its rows, and padding to the next power of two would waste a quarter of it.
+    """
+    return min(largest, 1 << max(count - 1, 0).bit_length() if count <= STEP else -(-count // STEP) * STEP)
