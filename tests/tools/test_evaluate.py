@@ -55,7 +55,8 @@ RULES = [name for name, rule in TRANSFERS.items() if not (rule.reveals or rule.s
 
 
 def test_every_pair_answers_the_same_worksheets(evaluate: Evaluate) -> None:
-    result = evaluate(*SMALL, "--json", "--transfers", ",".join(RULES))
+    # Some 150 pairs: one worksheet is enough to see that each of them works.
+    result = evaluate("--sheets", 1, "--problems", 6, "--json", "--transfers", ",".join(RULES))
     assert result.exit_code == 0, result.output
     outcomes, in_any_order = outcomes_of(result.stdout), POLICIES.keys() - {"dkv-greedy", "shared-prefix", "block"}
     assert outcomes.keys() == {(policy, rule) for policy in in_any_order for rule in RULES}
@@ -69,13 +70,13 @@ def test_every_pair_answers_the_same_worksheets(evaluate: Evaluate) -> None:
     }
     assert all(reasons[one["policy"]] in one["reason"] for one in refusals)
     quota = outcomes["none", "quota"]
-    assert (quota["asked"], quota["tokens"], quota["passes"]) == (12, 96, 96)
+    assert (quota["asked"], quota["tokens"], quota["passes"]) == (6, 48, 48)
     for (policy, _), outcome in outcomes.items():
-        assert (outcome["asked"], outcome["tokens"]) == (12, 96)
+        assert (outcome["asked"], outcome["tokens"]) == (6, 48)
         # sparse drops half of the keys, which this small model misses where a block takes more than two steps.
-        assert outcome["right"] >= 11 or policy == "sparse", "the trained model knows these"
-        assert outcome["low"] <= outcome["right"] / 12 <= outcome["high"]
-    assert all(outcome["passes"] < 48 for (_, rule), outcome in outcomes.items() if not TRANSFERS[rule].keeps_schedule)
+        assert outcome["right"] >= 5 or policy == "sparse", "the trained model knows these"
+        assert outcome["low"] <= outcome["right"] / 6 <= outcome["high"]
+    assert all(outcome["passes"] < 30 for (_, rule), outcome in outcomes.items() if not TRANSFERS[rule].keeps_schedule)
 
 
 def test_a_report_goes_on_where_it_stopped(evaluate: Evaluate, tmp_path: Path) -> None:
