@@ -112,6 +112,7 @@ def print_manifest(bundle: Path, manifest: Manifest, mask: str | None) -> None:
                 f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads ({shape.kv_heads} key/value)",
             ),
             ("", f"mlp {shape.mlp}, vocabulary {shape.vocab}, at most {shape.max_length} tokens"),
+            *((("attention", f"by blocks of {shape.block} rows: --policy block is exact"),) if shape.block else ()),
             ("tokens", ", ".join(f"{name} {number}" for name, number in tokens.items() if number is not None)),
             ("mask text", mask or "no tokenizer: prompts are token ids"),
             ("chat", "--chat works" if chat else "no chat template"),

@@ -34,6 +34,7 @@ from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
 from dllm_export.runtime.transfers import Dynamic, Quota, Threshold, Transfer, Wino
+from dllm_export.tools import cli
 
 BLOCK, MASK, EOS = 4, 96, 95
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 6, 5], [7, 3, 2, 1, 8, 8, 1, 2, 9, 4, 6]]
@@ -214,3 +215,8 @@ def test_rules_with_a_shadow_and_infilling_are_refused(lm: DiffusionLM) -> None:
 def test_steps_that_do_not_fit_the_blocks_are_refused(lm: DiffusionLM) -> None:
     with pytest.raises(UsageError, match="--steps 6 is not divisible by the 4 blocks"):
         lm.continuation(PROMPTS, replace(OPTIONS, steps=6))
+
+
+def test_inspect_says_how_such_a_model_attends(lm: DiffusionLM, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["inspect", str(lm.bundle.path)]) == 0
+    assert "by blocks of 4 rows" in capsys.readouterr().out
