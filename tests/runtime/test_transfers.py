@@ -17,10 +17,13 @@ from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
 from dllm_export.runtime.transfers import (
     TRANSFERS,
+    Dynamic,
     EntropyBound,
     Factor,
+    FirstHitting,
     Hierarchy,
     Quota,
+    SubBlocks,
     Threshold,
     Transfer,
     TransferState,
@@ -80,6 +83,38 @@ def test_threshold_takes_every_sure_row_and_always_the_surest(state: TransferSta
     assert (set(chosen), len(chosen)) == (expected, len(expected))
 
 
+@given(states(), PROBABILITY)
+def test_dynamic_takes_every_sure_row_or_as_many_as_are_due(state: TransferState, tau: float) -> None:
+    order = by_value(state.confidence)
+    above = [place for place in order if state.confidence[place] > tau]
+    expected = above if len(above) >= state.quota else order[: state.quota]
+    assert Dynamic(threshold=tau).choose(state).commit.tolist() == expected
+
+
+@given(states(), PROBABILITY, st.integers(1, 9), st.integers(1, 2))
+def test_sub_blocks_go_from_left_to_right_behind_a_first_row(
+    state: TransferState, tau: float, size: int, step: int
+) -> None:
+    state = replace(state, block_step=step, block=(int(state.rows[0]) - (step == 2), state.block[1]))
+    chosen = SubBlocks(threshold=tau, sub_block=size).choose(state).commit.tolist()
+    if step == 1:
+        assert chosen == [0]
+        return
+    start = state.block[0]
+    left = [place for place in range(len(state.rows)) if (state.rows[place] - start) // size == 1 // size]
+    order = [place for place in by_value(state.confidence) if place in left]
+    expected = {place for place in order if state.confidence[place] > tau} | {order[0]}
+    assert (set(chosen), len(chosen)) == (expected, len(expected))
+
+
+@given(states(), st.integers(0, 2**32))
+def test_first_hitting_takes_the_row_whose_number_is_largest(state: TransferState, seed: int) -> None:
+    draw = np.random.default_rng(seed).random(len(state.rows))
+    assert FirstHitting().choose(replace(state, draw=draw)).commit.tolist() == [
+        max(range(len(draw)), key=draw.__getitem__)
+    ]
+
+
 @given(states(), st.sampled_from([0.01, 0.3, 1.0, 2.5]))
 def test_factor_takes_the_largest_count_whose_doubt_is_below_f(state: TransferState, factor: float) -> None:
     order = by_value(state.confidence)
@@ -134,6 +169,9 @@ def test_every_rule_is_pure_and_commits_at_least_one_and_each_row_once(state: Tr
     ("make", "flag"),
     [
         (lambda: Threshold(threshold=1.5), "--threshold is 1.5"),
+        (lambda: Dynamic(threshold=2), "--threshold is 2"),
+        (lambda: SubBlocks(threshold=-1), "--threshold is -1"),
+        (lambda: SubBlocks(sub_block=0), "--sub-block is 0"),
         (lambda: Factor(factor=0), "--factor is 0"),
         (lambda: EntropyBound(gamma=-1), "--gamma is -1"),
         (lambda: EntropyBound(gamma=float("nan")), "--gamma is nan"),
