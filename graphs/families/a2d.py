@@ -20,15 +20,8 @@ def make_family(
         tied_head=tied_head,
     )
     marks = Marks(architectures=(f"A2D{base}LMHeadModel",), model_types=(name,))
-    return Family(
-        name=name,
-        title=title,
-        marks=marks,
-        read_config=layout.read_config,
-        sizes=sizes,
-        layout=layout.title,
-        sampler=layout.sampler,
-        limits="not those trained by blocks (bd3lm), which look the same",
+    return layout.make_family(
+        title, marks, sizes=sizes, limits="not those trained by blocks (bd3lm), which look the same"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dllm_export.graphs.families.family import Family, Marks, SamplerDefaults, Source
+from dllm_export.graphs.families.family import Marks, SamplerDefaults, Source
 from dllm_export.graphs.families.huggingface import HuggingFaceLayout
 from dllm_export.graphs.families.special_tokens import ReleasedTokens
 
@@ -29,89 +29,63 @@ def has_block_length(source: Source) -> bool:
     return source.architecture.startswith("Fast_dLLM") or "bd_size" in source.config
 
 
-def make_family(
-    name: str,
-    title: str,
-    marks: Marks,
-    released: ReleasedTokens,
-    *,
-    block: int,
-    end_of_turn: str | None,
-    sizes: tuple[str, ...],
-    limits: str = "",
-    transfer: str = "dynamic",
-    shift: bool = False,
-    block_key: str = "block_size",
-) -> Family:
-    """A family of this layout whose blocks have `block` rows where its configuration does not say."""
-    layout = HuggingFaceLayout(
-        family=name,
-        sampler=SamplerDefaults(gen_length=256, block_length=block, transfer=transfer),
-        released=released,
-        end_of_turn=end_of_turn,
-        block=block,
-        block_key=block_key,
-        shift=shift,
-    )
-    return Family(
-        name=name,
-        title=title,
-        marks=marks,
-        read_config=layout.read_config,
-        sizes=sizes,
-        layout=layout.title,
-        sampler=layout.sampler,
-        by_blocks=True,
-        limits=limits,
-    )
+def by_confidence(block: int) -> SamplerDefaults:
+    """The loop that most of these families share."""
+    return SamplerDefaults(gen_length=256, block_length=block, transfer="dynamic")
 
 
-SDAR = make_family(
-    "sdar",
+SDAR = HuggingFaceLayout(
+    family="sdar", sampler=by_confidence(4), released=QWEN3_TOKENS, block=4, end_of_turn="<|im_end|>"
+).make_family(
     "SDAR 1.7B to 8B, TraDo",
     Marks(architectures=("SDARForCausalLM",), model_types=("sdar",)),
-    QWEN3_TOKENS,
-    block=4,
-    end_of_turn="<|im_end|>",
     sizes=("4.41 B", "8.19 B"),
     limits="releases with longer blocks say so in their names only: give --block-length",
 )
-DREAM_REASONER = make_family(
-    "dream-reasoner",
-    "DreamReasoner-8B",
-    Marks(architectures=("DreamForCausalLM",), model_types=("Dream",), confirm=has_query_norms),
-    replace(QWEN3_TOKENS, title="DreamReasoner", texts=("<|mask|>", "<|MASK|>")),
+DREAM_REASONER = HuggingFaceLayout(
+    family="dream-reasoner",
+    sampler=by_confidence(32),
+    released=replace(QWEN3_TOKENS, title="DreamReasoner", texts=("<|mask|>", "<|MASK|>")),
     block=32,
     end_of_turn="<|im_end|>",
+).make_family(
+    "DreamReasoner-8B",
+    Marks(architectures=("DreamForCausalLM",), model_types=("Dream",), confirm=has_query_norms),
     sizes=("8.19 B",),
 )
-STABLE_DIFFCODER = make_family(
-    "stable-diffcoder",
+STABLE_DIFFCODER = HuggingFaceLayout(
+    family="stable-diffcoder",
+    sampler=by_confidence(4),
+    released=ReleasedTokens(
+        title="Stable-DiffCoder", vocab=155136, mask=5, eos=2, pad=1, texts=("<[MASK_TOKEN]>", "<[MASK]>")
+    ),
+    block=4,
+).make_family(
     "Stable-DiffCoder-8B",
     Marks(
         architectures=("StableDiffcoderForCausalLM", "StableDiff[cC]oder*", "LlamaForCausalLM"),
         model_types=("llama",),
         confirm=names_diffcoder,
     ),
-    ReleasedTokens(title="Stable-DiffCoder", vocab=155136, mask=5, eos=2, pad=1, texts=("<[MASK_TOKEN]>", "<[MASK]>")),
-    block=4,
-    end_of_turn=None,
     sizes=("8.25 B",),
 )
-FAST_DLLM_V2 = make_family(
-    "fast-dllm-v2",
+FAST_DLLM_V2 = HuggingFaceLayout(
+    family="fast-dllm-v2",
+    sampler=SamplerDefaults(gen_length=256, block_length=32, transfer="sub-blocks"),
+    released=ReleasedTokens(
+        title="Fast-dLLM v2", vocab=151936, mask=151665, eos=151645, pad=151643, texts=("|<MASK>|",)
+    ),
+    block=32,
+    block_key="bd_size",
+    end_of_turn="<|im_end|>",
+    shift=True,
+).make_family(
     "Fast-dLLM v2 1.5B and 7B",
     Marks(
         architectures=("Fast_dLLM_QwenForCausalLM", "Fast_dLLM*", "Qwen2ForCausalLM"),
         model_types=("Fast_dLLM_Qwen", "qwen2"),
         confirm=has_block_length,
     ),
-    ReleasedTokens(title="Fast-dLLM v2", vocab=151936, mask=151665, eos=151645, pad=151643, texts=("|<MASK>|",)),
-    block=32,
-    block_key="bd_size",
-    end_of_turn="<|im_end|>",
     sizes=("1.54 B", "7.62 B"),
-    transfer="sub-blocks",
-    shift=True,
     limits="its cache of parts within a block is not here: a step runs the whole block",
 )

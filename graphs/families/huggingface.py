@@ -14,6 +14,8 @@ from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.family import (
     LAYER_LIMIT,
     MLP_SLOTS,
+    Family,
+    Marks,
     ModelConfig,
     SamplerDefaults,
     Source,
@@ -84,6 +86,20 @@ class HuggingFaceLayout:
     """Key of the length of a block."""
     rotates_in_part: bool = False
     """Whether partial_rotary_factor is read, and not refused."""
+
+    def make_family(self, checkpoints: str, marks: Marks, *, sizes: tuple[str, ...] = (), limits: str = "") -> Family:
+        """The family of these released checkpoints, which are recognised by the marks."""
+        return Family(
+            name=self.family,
+            title=checkpoints,
+            marks=marks,
+            read_config=self.read_config,
+            sizes=sizes,
+            layout=self.title,
+            sampler=self.sampler,
+            by_blocks=self.block > 0,
+            limits=limits,
+        )
 
     def read_config(self, source: Source) -> ModelConfig:
         """config.json and tensor names -> ModelConfig."""

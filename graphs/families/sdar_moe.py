@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dllm_export.graphs.families.expert_keys import Settings, read_counts, refuse_settings
-from dllm_export.graphs.families.family import Family, Marks, SamplerDefaults, read, read_size
+from dllm_export.graphs.families.family import Marks, SamplerDefaults, read, read_size
 from dllm_export.graphs.families.huggingface import MOE_NAMES, HuggingFaceLayout
 from dllm_export.graphs.families.special_tokens import ReleasedTokens
 from dllm_export.graphs.shape import Experts
@@ -40,13 +40,8 @@ LAYOUT = HuggingFaceLayout(
     read_experts=read_experts,
     block=4,
 )
-SDAR_MOE = Family(
-    name="sdar-moe",
-    title="SDAR-30B-A3B",
-    marks=Marks(architectures=("SDARMoeForCausalLM", "SDARMoe*"), model_types=("sdar_moe",)),
-    read_config=LAYOUT.read_config,
+SDAR_MOE = LAYOUT.make_family(
+    "SDAR-30B-A3B",
+    Marks(architectures=("SDARMoeForCausalLM", "SDARMoe*"), model_types=("sdar_moe",)),
     sizes=("30.53 B",),
-    layout=LAYOUT.title,
-    sampler=LAYOUT.sampler,
-    by_blocks=True,
 )
