@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
+from dllm_export.runtime.session import Buffer, GraphCall, SessionOptions
+from dllm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 OpenModel = Callable[[str], DiffusionLM]
 
@@ -122,3 +125,22 @@ def test_a_request_that_was_left_halfway_does_not_reach_the_next(open_model: Ope
     for _ in range(4):
         next(frames)
     assert tokens(lm, options, policy) == expected
+
+
+def test_programs_of_onnxruntime_share_the_calls_that_they_have_in_common(tiny_bundle: Bundle) -> None:
+    width = tiny_bundle.manifest.shape.hidden
+    with OnnxRuntimeSession(tiny_bundle, SessionOptions(threads=1)) as session:
+
+        def call(values: list[int]) -> tuple[GraphCall, Buffer]:
+            tokens, hidden = session.allocate((1, 3), "int32"), session.allocate((1, 3, width), "compute")
+            tokens.write(np.array([values], np.int32))
+            return GraphCall("embed", None, {"tokens": tokens, "hidden_out": hidden}), hidden
+
+        (one, first), (other, second) = call([1, 2, 3]), call([4, 5, 6])
+        programs = [session.prepare([one]), session.prepare([one]), session.prepare([other])]
+        assert len(session._bound) == 2
+        programs.pop()()
+        programs.pop()()
+        assert (second.read() != first.read()).any(), "equal graphs over other buffers are other calls"
+        programs.clear()
+        assert len(session._bound) == 0, "and nothing stays bound for programs that are gone"
