@@ -65,8 +65,13 @@ class Buffers:
         return self._by_name[name]
 
     def cache(self, name: str, layer: int, half: int) -> Buffer:
-        """Cached `key` or `value` of all rows, or `delta`, `input` or `indicator` of the response rows."""
+        """Cached `key` or `value` of all rows, or `delta`, `input` or `indicator` of the response rows.
+
+        Where calls may write what they read, both halves are one buffer; inputs of layers always have two, because a step
+        writes them before it compares them with the last one's.
+        """
         shape = self._shape
+        half = 0 if self._session.in_place and name != "input" else half
         widths = {"delta": shape.hidden, "input": shape.hidden, "indicator": shape.indicator_rank}
         rows = self._request.response_rows if name in widths else self._request.length
         dims = (self._request.batch, rows, widths.get(name, shape.key_width))

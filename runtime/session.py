@@ -77,6 +77,8 @@ class Session(Protocol):
     """A provider with a bundle's graphs and weights open. A context manager; not safe for two threads at once."""
 
     provider: str
+    in_place: bool
+    """Whether a call may write a buffer that it reads, so that a cache needs no second copy."""
 
     def allocate(self, dims: tuple[int, ...], type: TensorType) -> Buffer:
         """A zeroed buffer."""

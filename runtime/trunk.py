@@ -1,8 +1,8 @@
 """One pass through embedding and layers, with its cached features in the provider's memory.
 
 A step plan becomes a list of graph calls over buffers that are allocated once. Caches alternate between two halves: a
-graph reads one and writes the other, so no call ever reads what it writes. Equal plans over equal halves are prepared
-once and then only run, as long as they are among the last used.
+graph reads one and writes the other, so no call ever reads what it writes, unless the provider allows that. Equal plans
+over equal halves are prepared once and then only run, as long as they are among the last used.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Trunk:
         self._compact = CompactCache(self._buffers, shape, request)
         self.port = PrefixPort(session, self._buffers, request)
         self._halves = (0,) * shape.layers
+        self._in_place = session.in_place
         self._programs = ProgramStore(session)
         self._placed_rows: Rows | None = None
         self._forced_rows: tuple[Segment, Rows] | None = None
@@ -73,10 +74,11 @@ class Trunk:
         key = (shared, rows, plan.forced is not None, self._halves, compact)
         program = self._programs.find(key, lambda: self._calls(plan))
         kept = plan.rows is not None and plan.compaction is not None
-        self._halves = tuple(
-            half if layer.graph == "layer_skip" or kept else 1 - half
-            for half, layer in zip(self._halves, plan.layers, strict=True)
-        )
+        if not (kept or (self._in_place and plan.reference != "input")):
+            self._halves = tuple(
+                half if layer.graph == "layer_skip" else 1 - half
+                for half, layer in zip(self._halves, plan.layers, strict=True)
+            )
         if plan.compaction is not None:
             self._compact.half = 1 - self._compact.half
         return program

@@ -76,6 +76,7 @@ class OnnxRuntimeSession:
     """Bound weights: one inference session per graph kind serves all layers. Prepacked: one per graph and layer."""
 
     provider = "onnxruntime"
+    in_place = False
 
     def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
         wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[options.place]

@@ -96,6 +96,7 @@ class TensorRtSession:
     """One engine per graph kind serves all layers; contexts and captures are made per shape, at first use."""
 
     provider = "tensorrt"
+    in_place = False
 
     def __init__(
         self, bundle: Bundle, options: SessionOptions, *, flavours: Sequence[Flavour] = ("tensorrt", "tensorrt-rtx")

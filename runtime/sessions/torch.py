@@ -5,17 +5,19 @@ The only file here with torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dllm_export.errors import IncompatibleError
-from dllm_export.graphs import DType, TensorType
-from dllm_export.graphs.torch_ops import TorchOps
+from dllm_export.graphs import DType, ModelShape, TensorType
+from dllm_export.graphs.torch_ops import CompiledTorchOps, TorchOps
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
 from dllm_export.runtime.session import GraphCall, Program, SessionOptions, SessionReport
@@ -32,22 +34,45 @@ TORCH_TYPES: Mapping[str, torch.dtype] = {
 
 
 class TorchBuffer:
-    """A torch tensor as a Buffer."""
+    """A torch tensor as a Buffer. On a GPU it is written and read through pinned memory, so that writing waits for nothing."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
+        self.whole = False
+        """Whether it was last written with true everywhere."""
+        self._staging: torch.Tensor | None = None
+        self._written: torch.cuda.Event | None = None
 
     @property
     def dims(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
     def write(self, array: NDArray[Any]) -> None:
-        self.tensor.copy_(torch.from_numpy(np.array(array)))
+        if self.tensor.dtype == torch.bool:
+            self.whole = bool(array.all())
+        host = torch.from_numpy(np.array(array))
+        if not self.tensor.is_cuda:
+            self.tensor.copy_(host)
+            return
+        if self._written is None:
+            self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._written.synchronize()  # the last upload may still be reading what this one overwrites
+        self._pinned().copy_(host)
+        self.tensor.copy_(self._pinned(), non_blocking=True)
+        self._written.record()
 
     def read(self) -> NDArray[Any]:
-        tensor = self.tensor.detach().cpu()
+        tensor = self.tensor.detach()
+        if tensor.is_cuda:
+            tensor = self._pinned().copy_(tensor, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
         host: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
         return host
+
+    def _pinned(self) -> torch.Tensor:
+        if self._staging is None:
+            self._staging = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
+        return self._staging
 
 
 class TorchCapture:
@@ -73,10 +98,49 @@ class TorchCapture:
         self._graph.reset()
 
 
+GraphFunction = Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], None]
+UNMASKED = frozenset({"layer_full", "layer_partial", "layer_adaptive", "layer_tracking", "layer_indicated"})
+"""Graphs in which the mask goes to attention and nowhere else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundCall:
+    """A call with its tensors."""
+
+    graph: str
+    feeds: Mapping[str, torch.Tensor]
+    targets: Mapping[str, torch.Tensor]
+    sizes: tuple[str, ...]
+    """Inputs that are handed over as numbers."""
+
+
+def write_results(
+    function: Callable[..., Mapping[str, torch.Tensor]],
+    ops: TorchOps,
+    shape: ModelShape,
+    settings: Mapping[str, Any],
+    feeds: Mapping[str, Any],
+    targets: Mapping[str, torch.Tensor],
+) -> None:
+    """Run a graph's function and put its results where they belong, which may be where it read from."""
+    results = function(ops, shape, feeds, **settings)
+    for name, target in targets.items():
+        target.copy_(results[name])
+
+
+def rename(function: FunctionType, name: str) -> FunctionType:
+    """A copy with code of its own, to compile for one graph and its sizes.
+
+    PyTorch keeps what it compiled by the code object, and gives up, or compiles for any size, where one has many.
+    """
+    return FunctionType(function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__)
+
+
 class TorchSession:
     """Eager PyTorch unless told otherwise; `dtype` overrides the bundle's compute type (float64 for the oracles)."""
 
     provider = "torch"
+    in_place = True
 
     def __init__(self, bundle: Bundle, options: SessionOptions, *, dtype: DType | None = None) -> None:
         if options.place == "cuda" and not torch.cuda.is_available():
@@ -86,9 +150,11 @@ class TorchSession:
         self._weights: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
         self._shared: dict[int, torch.Tensor] = {}
         self._compile = options.compile
-        self._functions: dict[str, Callable[..., dict[str, torch.Tensor]]] = {}
+        self._unmasks = options.compile or options.place == "cuda"  # elsewhere it stays the reference that it is
+        self._functions: dict[Hashable, GraphFunction] = {}
         self._captures: Captures[NamedCapture] = Captures(options.captures if options.place == "cuda" else 0)
-        self._pool = torch.cuda.graph_pool_handle() if self._captures.limit else None
+        # The pool itself and not a handle of it: it must outlive the last capture, for there may be another.
+        self._pool = torch.cuda.MemPool() if self._captures.limit else None
         if options.threads:  # a setting of the whole process, so it is left alone unless asked for
             torch.set_num_threads(options.threads)
 
@@ -111,13 +177,19 @@ class TorchSession:
         return TorchBuffer(torch.zeros(dims, dtype=dtype, device=device))
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
-        prepared = [(call, self._graph_weights(call.graph, call.layer)) for call in calls]
+        prepared = [self._bind(call) for call in calls]
+        masks = [call.tensors["mask"] for call in calls if "mask" in call.tensors]
+        capture = partial(self._capture, pool=self._pool.id if self._pool else None)
+        programs: dict[bool, Program] = {}
 
         def run() -> None:
-            for call, weights in prepared:
-                self._run(call, weights)
+            whole = self._unmasks and all(isinstance(mask, TorchBuffer) and mask.whole for mask in masks)
+            if whole not in programs:
+                queue = partial(self._run, prepared, whole=whole)
+                programs[whole] = CapturedProgram(self._captures, queue, capture, describe_calls(calls))
+            programs[whole]()
 
-        return CapturedProgram(self._captures, run, partial(self._capture, pool=self._pool), describe_calls(calls))
+        return run
 
     def inspect(self) -> SessionReport:
         return SessionReport(
@@ -130,20 +202,28 @@ class TorchSession:
 
     _capture = staticmethod(TorchCapture)
 
-    def _run(self, call: GraphCall, weights: Mapping[str, torch.Tensor]) -> None:
-        spec = self._bundle.specs[call.graph]
+    def _bind(self, call: GraphCall) -> BoundCall:
+        spec, weights = self._bundle.specs[call.graph], self._graph_weights(call.graph, call.layer)
         tensors = {name: buffer.tensor for name, buffer in call.tensors.items() if isinstance(buffer, TorchBuffer)}
+        return BoundCall(
+            graph=call.graph,
+            feeds={**{tensor.name: tensors[tensor.name] for tensor in spec.inputs}, **weights},
+            targets={tensor.name: tensors[tensor.name] for tensor in spec.outputs if tensor.name in tensors},
+            # A size that is a number is compiled in; one inside a tensor would cut the graph in two.
+            sizes=tuple(tensor.name for tensor in spec.inputs if tensor.type == "int64") if self._compile else (),
+        )
+
+    def _run(self, calls: Sequence[BoundCall], *, whole: bool) -> None:
+        """Queue the calls; a mask that hides nothing is left out where `whole`, in graphs that only hand it to attention."""
         with torch.inference_mode():
-            feeds: dict[str, Any] = {tensor.name: tensors[tensor.name] for tensor in spec.inputs}
-            if self._compile:  # a size that is a number is compiled in; one inside a tensor would cut the graph in two
-                feeds |= {tensor.name: int(feeds[tensor.name]) for tensor in spec.inputs if tensor.type == "int64"}
-            try:
-                results = self._function(call.graph)({**feeds, **weights})
-            except RuntimeError as error:
-                raise self._explain(call.graph, error) from error
-            for tensor in spec.outputs:
-                if tensor.name in tensors:
-                    tensors[tensor.name].copy_(results[tensor.name])
+            for call in calls:
+                feeds: dict[str, Any] = {**call.feeds, **{name: int(call.feeds[name]) for name in call.sizes}}
+                if whole and call.graph in UNMASKED:
+                    feeds["mask"] = None
+                try:
+                    self._function(call, feeds)(feeds, call.targets)
+                except RuntimeError as error:
+                    raise self._explain(call.graph, error) from error
 
     def _explain(self, graph: str, error: RuntimeError) -> Exception:
         """The error itself, unless it is the compiler's: then what to do about it."""
@@ -155,17 +235,27 @@ class TorchSession:
             f"GPU Triton too, or leave out --compile"
         )
 
-    def _function(self, graph: str) -> Callable[..., dict[str, torch.Tensor]]:
-        """A graph's function of its tensors by name, compiled where asked for."""
-        if graph not in self._functions:
-            function: Any = self._bundle.specs[graph].function
+    def _function(self, call: BoundCall, feeds: Mapping[str, Any]) -> GraphFunction:
+        """A graph's function of its tensors by name and of where its results go, compiled where asked for.
+
+        On a GPU for these very sizes: seconds for faster kernels. On a CPU, where it takes longer, PyTorch decides.
+        """
+        sized = self._compile and self._device.type == "cuda"
+        dims = tuple(value.shape if isinstance(value, torch.Tensor) else value for value in feeds.values())
+        key = (call.graph, tuple(call.targets), dims if sized else feeds.get("mask") is None)
+        if key not in self._functions:
+            function: Any = self._bundle.specs[call.graph].function
             settings: Mapping[str, Any] = {}
             if isinstance(function, partial):
                 function, settings = function.func, function.keywords
-            if self._compile:  # what is compiled must be a plain function: PyTorch counts compilations by its code
-                function = torch.compile(function, fullgraph=True)
-            self._functions[graph] = partial(function, TorchOps(), self._bundle.manifest.shape, **settings)
-        return self._functions[graph]
+            shape = self._bundle.manifest.shape
+            if self._compile:
+                own = rename(cast("FunctionType", write_results), call.graph)
+                write = torch.compile(own, fullgraph=True, dynamic=False if sized else None)
+                self._functions[key] = partial(write, function, CompiledTorchOps(), shape, settings)
+            else:
+                self._functions[key] = partial(write_results, function, TorchOps(), shape, settings)
+        return self._functions[key]
 
     def _resolve(self, type: TensorType) -> str:
         if type == "compute":

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Any
 
 import pytest
 import torch
 
 from dllm_export.errors import IncompatibleError, UsageError
+from dllm_export.graphs import TensorType
 from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.buffers import Buffers, RequestShape
 from dllm_export.runtime.captures import Captures
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
+from dllm_export.runtime.policies import (
+    CachePolicy,
+    DllmCache,
+    DualCache,
+    DynamicDllm,
+    FreeCache,
+    NoCache,
+    SparseCache,
+)
 from dllm_export.runtime.session import Program, SessionOptions
-from dllm_export.runtime.sessions.torch import TorchSession
+from dllm_export.runtime.sessions.torch import BoundCall, GraphFunction, TorchBuffer, TorchSession
 
 PROMPT = [3, 14, 15, 92, 65]
 CACHED = DllmCache(prompt_interval=4, response_interval=2)
 OPTIONS = GenerationOptions(gen_length=8)
+LONG = GenerationOptions(gen_length=24)
+"""Long enough for a wrong row to change a token."""
 
 
 class Rerun:
@@ -46,8 +62,8 @@ class CapturingSession(TorchSession):
         self._captures = Captures(limit)
 
 
-def tokens(lm: DiffusionLM, policy: CachePolicy) -> tuple[int, ...]:
-    return lm.run(lm.continuation([PROMPT], OPTIONS), OPTIONS, policy)[0].tokens
+def tokens(lm: DiffusionLM, policy: CachePolicy, options: GenerationOptions = OPTIONS) -> tuple[int, ...]:
+    return lm.run(lm.continuation([PROMPT], options), options, policy)[0].tokens
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +85,78 @@ def test_compiled_graphs_give_the_tokens_of_eager_ones(tiny_bundles: dict[str, B
             found.append([tokens(lm, policy) for policy in (NoCache(), CACHED)])
     assert found[0] == found[1]
     assert len(set(found[0])) == 2, "the cache must matter, or the comparison says nothing about it"
+
+
+class Counting(TorchSession):
+    """Counts the numbers that buffers hold; caches are in two halves, as elsewhere, unless written in place."""
+
+    def __init__(self, bundle: Bundle, *, in_place: bool) -> None:
+        super().__init__(bundle, SessionOptions(provider="torch", threads=1))
+        self.in_place, self.elements = in_place, 0
+
+    def allocate(self, dims: tuple[int, ...], type: TensorType) -> TorchBuffer:
+        self.elements += prod(dims)
+        return super().allocate(dims, type)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        CACHED,
+        DllmCache(update_ratio=0.0),
+        DynamicDllm(layer_budget=1, window=0, bucket=1),
+        DualCache(),
+        SparseCache(),
+        FreeCache(),
+    ],
+    ids=lambda one: f"{one.name}-{one.update_ratio}" if isinstance(one, DllmCache) else one.name,
+)
+def test_caches_written_in_place_give_the_tokens_of_two_copies(policy: CachePolicy, tiny_bundle: Bundle) -> None:
+    found, allocated = [], []
+    for in_place in (True, False):
+        session = Counting(tiny_bundle, in_place=in_place)
+        with DiffusionLM(tiny_bundle, session) as lm:
+            found.append([tokens(lm, one, LONG) for one in (policy, CACHED, policy)])
+        allocated.append(session.elements)
+    assert found[0] == found[1]
+    assert allocated[0] < allocated[1]
+
+
+def test_in_place_only_inputs_of_layers_have_two_halves(tiny_bundle: Bundle) -> None:
+    request = RequestShape(batch=1, prompt_rows=5, response_rows=8)
+    for in_place in (True, False):
+        session = Counting(tiny_bundle, in_place=in_place)
+        buffers = Buffers(session, tiny_bundle.manifest.shape, request)
+        shared = {
+            name: buffers.cache(name, 0, 0) is buffers.cache(name, 0, 1) for name in ("key", "value", "delta", "input")
+        }
+        assert shared == {"key": in_place, "value": in_place, "delta": in_place, "input": False}
+
+
+class Unmasking(TorchSession):
+    """Leaves masks out as on a GPU, and counts the calls that were left without one."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle, SessionOptions(provider="torch", threads=1))
+        self._unmasks, self.calls = True, Counter[bool]()
+
+    def _function(self, call: BoundCall, feeds: Mapping[str, Any]) -> GraphFunction:
+        if "mask" in feeds:
+            self.calls[feeds["mask"] is None] += 1
+        return super()._function(call, feeds)
+
+
+def test_a_mask_that_hides_nothing_is_left_out_and_one_that_hides_is_not(tiny_bundle: Bundle) -> None:
+    prompts = [[PROMPT, PROMPT[::-1]], [PROMPT, PROMPT[:3]], [PROMPT, PROMPT[::-1]]]
+    found = []
+    sessions = Unmasking(tiny_bundle), TorchSession(tiny_bundle, SessionOptions(provider="torch", threads=1))
+    for session in sessions:
+        with DiffusionLM(tiny_bundle, session) as lm:  # one workspace, and so the same programs, for all three
+            found.append(
+                [[one.tokens for one in lm.run(lm.continuation(some, OPTIONS), OPTIONS, CACHED)] for some in prompts]
+            )
+    assert found[0] == found[1]
+    assert sessions[0].calls[True] == 2 * sessions[0].calls[False] > 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 32])

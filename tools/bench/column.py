@@ -104,7 +104,7 @@ def measure_eager(
     def begin() -> Iterator[Step]:
         return request.steps(request.four_feature(cached) if cached else whole, policy)
 
-    whole = request.uncached(compiled=kind.compile)
+    whole = request.uncached(compiled=kind.compile, captured=kind.captures > 0)
     work = foresee(bundle, task.tokens, settings.response, settings.steps, policy).work
     run = time_run(begin, policy.name, task, kind, model.mask_token, work)
     return RawColumn(

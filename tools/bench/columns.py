@@ -52,6 +52,9 @@ CAPTURES = 32
 COLUMNS: Mapping[str, ColumnKind] = {
     "eager": ColumnKind(what="PyTorch as published, nothing cached; head on all rows", way="eager"),
     "eager-compile": ColumnKind(what="the same through torch.compile as one function", way="eager", compile=True),
+    "eager-compile-graph": ColumnKind(
+        what="the same, compiled, as one CUDA graph", way="eager", place="cuda", captures=1, compile=True
+    ),
     "four-feature": ColumnKind(
         what="PyTorch, dLLM-Cache as published with four features a layer; head on all rows", way="four-feature"
     ),

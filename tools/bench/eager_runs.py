@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_export.runtime.policies import CachePolicy, DllmCache, StepState
 from dllm_export.tools.bench.step import Step
-from dllm_export.tools.eager import EagerModel
+from dllm_export.tools.eager import Context, EagerModel
 from dllm_export.tools.four_feature import FourFeatureCache
 
 Forward = Callable[[Tensor, int], Tensor]
@@ -26,12 +26,12 @@ class EagerRequest:
     prompt: tuple[int, ...]
     response: int
 
-    def uncached(self, *, compiled: bool) -> Forward:
-        """The whole model on every row."""
+    def uncached(self, *, compiled: bool, captured: bool) -> Forward:
+        """The whole model on every row; `captured` makes it one CUDA graph."""
         forward, context = self.model.forward, self.model.context([0], len(self.prompt) + self.response)
         if compiled:
             forward = torch.compile(forward)
-        return lambda tokens, _: forward(tokens, context)
+        return CapturedForward(forward, context) if captured else lambda tokens, _: forward(tokens, context)
 
     def four_feature(self, policy: DllmCache) -> Forward:
         """dLLM-Cache as published."""
@@ -56,6 +56,28 @@ class EagerRequest:
             after = response[0].cpu().numpy().copy()  # on a GPU this waits for the step
             seconds = time.perf_counter() - start
             yield Step(self.kind(policy, step), seconds, None, after)
+
+
+class CapturedForward:
+    """A model's forward pass as one CUDA graph, recorded at the first call; logits are valid until the next one."""
+
+    def __init__(self, forward: Callable[[Tensor, Context], Tensor], context: Context) -> None:
+        self._forward, self._context = forward, context
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, tokens: Tensor, step: int) -> Tensor:
+        if self._graph is None:
+            self._tokens, self._graph = tokens.clone(), torch.cuda.CUDAGraph()
+            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # what is compiled or set up at a first run must not be recorded
+                self._forward(self._tokens, self._context)
+            torch.cuda.current_stream().wait_stream(beside)
+            with torch.cuda.graph(self._graph):
+                self._logits = self._forward(self._tokens, self._context)
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._logits
 
 
 def decide_one(logits: Tensor, response: Tensor, mask_token: int) -> None:

@@ -45,7 +45,8 @@ class MeteredSession:
     """A session that counts what its programs do; all else is the other session's."""
 
     def __init__(self, session: Session, model: Model) -> None:
-        self._session, self.meter, self.provider = session, Meter(model), session.provider
+        self._session, self.meter = session, Meter(model)
+        self.provider, self.in_place = session.provider, session.in_place
         self.allocate, self.inspect, self.close = session.allocate, session.inspect, session.close
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
@@ -79,6 +80,7 @@ class OutlineSession:
     """A session that computes nothing: with it a generation says what it would do, and what memory its buffers take."""
 
     provider = "outline"
+    in_place = False
 
     def __init__(self, dtype: str) -> None:
         self._dtype, self.buffer_bytes = dtype, 0
