@@ -13,8 +13,8 @@ import torch
 
 from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.graphs import TensorType
-from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.buffers import Buffers, RequestShape
+from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.captures import Captures
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
