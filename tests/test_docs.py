@@ -18,6 +18,7 @@ from dllm_export.runtime.manifest import Manifest
 from dllm_export.tools.bench.columns import COLUMNS
 from dllm_export.tools.bench.records import BenchReport
 from dllm_export.tools.bench.summary import BARS
+from dllm_export.tools.bench.sweep import SweepReport
 from dllm_export.tools.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,7 +274,7 @@ def test_the_bars_of_the_measurement_are_met_on_a_quiet_machine() -> None:
         assert report["others"] < 0.05
 
 
-@pytest.mark.parametrize(("file", "kind"), [("manifest", Manifest), ("bench", BenchReport)])
+@pytest.mark.parametrize(("file", "kind"), [("manifest", Manifest), ("bench", BenchReport), ("sweep", SweepReport)])
 def test_a_schema_is_the_one_in_the_code(file: str, kind: type) -> None:
     """After a wanted change: UPDATE_GOLDEN=1 pytest tests/test_docs.py -k schema"""
     path, made = ROOT / f"docs/{file}.schema.json", json.loads(msgspec.json.encode(msgspec.json.schema(kind)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.transfers import Transfer
-from dllm_export.tools.flags import Command, Flag, check_report, describe, from_fields, report_flag, shared_flags
+from dllm_export.tools.flags import Command, check_chart, describe, file_flag, from_fields, report_flag, shared_flags
 from dllm_export.tools.frontier import (
     Evaluation,
     Outcome,
@@ -31,7 +30,7 @@ from dllm_export.tools.frontier import (
     wilson_interval,
 )
 from dllm_export.tools.generate_text import count_tokens
-from dllm_export.tools.machine import Others, describe_machine, pip_line
+from dllm_export.tools.machine import Others, describe_machine
 from dllm_export.tools.output import encode_json, print_json, print_warning, show_progress
 from dllm_export.tools.prefix_flags import PrefixOptions
 from dllm_export.tools.prompts import read_prompt
@@ -66,34 +65,13 @@ class EvaluateOptions:
             raise UsageError("--shared-problems belongs to --suite demo; name a file's common start with --prefix-file")
 
 
-def check_chart(context: click.Context, flag: click.Parameter, path: Path | None) -> Path | None:
-    """The path, refused before anything runs if it cannot be written or drawn."""
-    if path is None:
-        return None
-    try:
-        importlib.import_module("matplotlib")
-    except ModuleNotFoundError:
-        raise IncompatibleError(f"--chart needs the package matplotlib: {pip_line('matplotlib')}") from None
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise click.BadParameter(f"{path.name} is no picture that can be drawn, expected a name in .png, .svg or .pdf")
-    return check_report(context, flag, path)
-
-
 @click.command("evaluate", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @from_fields(EvaluateOptions, "options", "Options")
 @from_fields(PrefixOptions, "prefix", "Shared prefix")
 @from_fields(SessionOptions, "session", "Provider")
 @report_flag
-@click.option(
-    "--chart",
-    cls=Flag,
-    section="Output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    callback=check_chart,
-    help="draw right answers against speed into this .png, .svg or .pdf file",
-)
+@file_flag("--chart", "draw right answers against speed into this .png, .svg or .pdf file", check_chart)
 @shared_flags
 def command(
     bundle: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
-from dllm_export.errors import UsageError
+from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.runtime.options import flag, plain_type
 from dllm_export.runtime.plugins import Strategies, find_installed
 from dllm_export.runtime.policies import POLICIES
+from dllm_export.runtime.transfers import TRANSFERS
+from dllm_export.tools.machine import pip_line
 from dllm_export.tools.output import print_warning
 
 Callback = TypeVar("Callback", bound=Callable[..., object])
@@ -160,6 +163,19 @@ def policy_flags(default: str, *, without: Sequence[str] = ()) -> Decorator[Any]
     return choice_flags(choice)
 
 
+def transfer_flags(*names: str) -> Decorator[Any]:
+    """A decorator: `--transfer` with the options of some built-in decoding rules."""
+    choice = Choice(
+        parameter="transfer",
+        strategies=Strategies(noun="decoding rule", kinds={name: TRANSFERS[name] for name in names}, faults={}),
+        default=None,
+        section="Decoding rule",
+        help="which tokens a step decides; default: the family's own",
+        spellings=("--rule",),
+    )
+    return choice_flags(choice)
+
+
 def choice_flags(choice: Choice) -> Decorator[Any]:
     """A decorator: the choosing flag and the fields of all kinds; the command gets the chosen one as the parameter."""
     owners, kinds = choice.owners, choice.strategies.kinds
@@ -256,6 +272,19 @@ def check_report(_context: click.Context, _flag: click.Parameter, path: Path | N
     if path is not None and not path.absolute().parent.is_dir():
         raise click.BadParameter(f"the directory {path.parent} does not exist")
     return path
+
+
+def check_chart(context: click.Context, flag: click.Parameter, path: Path | None) -> Path | None:
+    """The path, refused before anything runs if it cannot be written or drawn."""
+    if path is None:
+        return None
+    try:
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError:
+        raise IncompatibleError(f"--chart needs the package matplotlib: {pip_line('matplotlib')}") from None
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise click.BadParameter(f"{path.name} is no picture that can be drawn, expected a name in .png, .svg or .pdf")
+    return check_report(context, flag, path)
 
 
 def describe(values: object) -> dict[str, object]:

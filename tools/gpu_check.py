@@ -26,10 +26,10 @@ from dllm_export.runtime.bundle import open_bundle
 from dllm_export.runtime.options import flag, option
 from dllm_export.runtime.policies import DllmCache
 from dllm_export.tools.bench.columns import COLUMNS, ColumnKind
-from dllm_export.tools.bench.command import BenchOptions, plan_measurement
 from dllm_export.tools.bench.measure import measure
 from dllm_export.tools.bench.processes import Failed, explain_exit
 from dllm_export.tools.bench.records import BenchReport
+from dllm_export.tools.bench.request import BenchOptions, plan_measurement
 from dllm_export.tools.bench.tables import print_bench
 from dllm_export.tools.demo import MODEL
 from dllm_export.tools.flags import Command, from_fields, report_flag, shared_flags

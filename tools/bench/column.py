@@ -15,19 +15,22 @@ from itertools import islice
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.plugins import find_policy
 from dllm_export.runtime.policies import CachePolicy, DllmCache
+from dllm_export.runtime.schedule import commit_counts
 from dllm_export.runtime.session import Session, open_session
+from dllm_export.runtime.transfers import Quota
 from dllm_export.tools.bench.columns import COLUMNS, ColumnKind
 from dllm_export.tools.bench.graph_runs import time_graphs
 from dllm_export.tools.bench.metering import MeteredSession
 from dllm_export.tools.bench.ranges import NoRanges, NvtxRanges
 from dllm_export.tools.bench.records import ColumnTask, RawColumn, RawRun, StepRecord, WorkRecord
 from dllm_export.tools.bench.roofline import Model, Work
-from dllm_export.tools.bench.session_runs import foresee, session_steps
+from dllm_export.tools.bench.session_runs import SessionRequest, foresee, session_steps, to_request
 from dllm_export.tools.bench.step import Step
 from dllm_export.tools.machine import Others
 
@@ -59,12 +62,16 @@ def measure_session(
         opened = time.perf_counter() - start
         # Sizes that no step has would be compiled too, and make PyTorch compile the steps' for any size.
         wanted = task.graphs and not kind.compile
-        timed = time_graphs(bundle, session, settings.prompt, settings.response, task.rows) if wanted else ()
-        graphs, runs = tuple(timed), []
+        timed = (
+            time_graphs(bundle, session, settings.prompt, settings.response, task.rows, settings.batch)
+            if wanted
+            else ()
+        )
+        graphs, runs, request = tuple(timed), [], to_request(task.prompts, settings)
         for policy in policies:
 
             def begin(policy: CachePolicy = policy) -> Iterator[Step]:
-                return session_steps(lm, metered.meter, task.tokens, settings.response, policy, ranges)
+                return session_steps(lm, metered.meter, request, policy, ranges)
 
             runs.append(time_run(begin, policy.name, task, kind, manifest.tokens.mask))
         held = session.inspect()
@@ -97,7 +104,11 @@ def measure_eager(
     dtype = getattr(torch, bundle.manifest.dtype)
     stored = task.checkpoint
     model = unfuse_eager(bundle, dtype, place) if stored is None else load_eager(Path(stored), dtype, place)
-    opened, request = time.perf_counter() - start, EagerRequest(model, task.tokens, settings.response)
+    opened, asked = time.perf_counter() - start, to_request(task.prompts, settings)
+    # Another rule than the quota is the runtime's alone: plain PyTorch then decides one token a step.
+    asked = asked if isinstance(asked.rule, Quota) else SessionRequest(prompts=task.prompts, response=settings.response)
+    counts = tuple(commit_counts(np.array([settings.response]), asked.steps)[0].tolist())
+    request = EagerRequest(model, task.prompts, settings.response, counts)
     cached = next((one for one in policies if isinstance(one, DllmCache)), None) if kind.way != "eager" else None
     policy = cached or policies[0]
 
@@ -105,7 +116,7 @@ def measure_eager(
         return request.steps(request.four_feature(cached) if cached else whole, policy)
 
     whole = request.uncached(compiled=kind.compile, captured=kind.captures > 0)
-    work = foresee(bundle, task.tokens, settings.response, settings.steps, policy).work
+    work = foresee(bundle, asked, settings.steps, policy).work
     run = time_run(begin, policy.name, task, kind, model.mask_token, work)
     return RawColumn(
         library=f"torch {torch.__version__}",
@@ -139,7 +150,7 @@ def time_run(
         pass
     with Others() as others:
         steps = list(islice(start(), task.settings.steps))
-    records, before = [], [mask] * task.settings.response
+    records, before = [], [mask] * task.settings.response * task.settings.batch
     for number, step in enumerate(steps):
         after = step.tokens.tolist()
         decided = tuple((row, token) for row, token in enumerate(after) if token != before[row])

@@ -9,12 +9,12 @@ import msgspec
 from dllm_export.errors import MismatchError, UsageError
 from dllm_export.tools.bench.records import BenchReport, MachineRecord, Record
 from dllm_export.tools.bench.statistics import bootstrap_ratio
-from dllm_export.tools.bench.summary import all_runs, find_run, pool
+from dllm_export.tools.bench.summary import all_runs, count_tokens, find_run, pool
 from dllm_export.tools.output import make_table, print_note, print_table, print_warning
 
 
 class Change(Record, frozen=True):
-    """A run in both reports: time in A / time in B, with a 95 % interval of bootstrapped steps."""
+    """A run in both reports: time for a token in A / in B, with a 95 % interval of bootstrapped steps."""
 
     column: str
     policy: str
@@ -60,7 +60,9 @@ def compare_reports(first: Path, second: Path, *, force: bool) -> Comparison:
     changes = []
     runs = {name: {(column, run.policy) for column, run in all_runs(one.columns)} for name, one in (("a", a), ("b", b))}
     for column, policy in sorted(runs["a"] & runs["b"]):
-        value, low, high = bootstrap_ratio(pool(a.columns, column, policy), pool(b.columns, column, policy))
+        slow, fast = (pool(one.columns, column, policy) for one in (a, b))
+        gain = count_tokens(b.columns, column, policy) / count_tokens(a.columns, column, policy)
+        value, low, high = bootstrap_ratio(slow, fast, gain=gain)
         before, after = find_run(a.columns, column, policy), find_run(b.columns, column, policy)
         assert before is not None
         assert after is not None
@@ -92,7 +94,18 @@ def find_differences(a: BenchReport, b: BenchReport) -> list[str]:
         for name, left, right in zip(("processor", "cores", "GPUs"), facts(a.machine), facts(b.machine), strict=True)
         if left != right
     ]
-    names = ("shape", "dtype", "prompt", "response", "batch", "steps", "threads", "device")
+    names = (
+        "shape",
+        "dtype",
+        "prompt",
+        "response",
+        "batch",
+        "steps",
+        "transfer",
+        "tokens_per_step",
+        "threads",
+        "device",
+    )
     found += [
         f"{name} ({getattr(a.settings, name)} and {getattr(b.settings, name)})"
         for name in names

@@ -15,47 +15,52 @@ from dllm_export.tools.eager import Context, EagerModel
 from dllm_export.tools.four_feature import FourFeatureCache
 
 Forward = Callable[[Tensor, int], Tensor]
-"""(tokens [1, T], step counted from 1) -> logits [1, T, V]."""
+"""(tokens [B, T], step counted from 1) -> logits [B, T, V]."""
 
 
 @dataclass(frozen=True, slots=True)
 class EagerRequest:
-    """One prompt, its response decoded one token a step."""
+    """Prompts of equal length, and how many tokens of each response a step decides."""
 
     model: EagerModel
-    prompt: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
     response: int
+    counts: tuple[int, ...]
+
+    @property
+    def context(self) -> Context:
+        """What stays fixed in all steps."""
+        return self.model.context([0] * len(self.prompts), len(self.prompts[0]) + self.response)
 
     def uncached(self, *, compiled: bool, captured: bool) -> Forward:
         """The whole model on every row; `captured` makes it one CUDA graph."""
-        forward, context = self.model.forward, self.model.context([0], len(self.prompt) + self.response)
+        forward, context = self.model.forward, self.context
         if compiled:
             forward = torch.compile(forward)
         return CapturedForward(forward, context) if captured else lambda tokens, _: forward(tokens, context)
 
     def four_feature(self, policy: DllmCache) -> Forward:
         """dLLM-Cache as published."""
-        context = self.model.context([0], len(self.prompt) + self.response)
-        return FourFeatureCache(self.model, context, len(self.prompt), policy).forward
+        return FourFeatureCache(self.model, self.context, len(self.prompts[0]), policy).forward
 
     def kind(self, policy: CachePolicy, step: int) -> str:
         """What a policy does in a step."""
-        rows = {"prompt_rows": len(self.prompt), "response_rows": self.response}
+        rows = {"prompt_rows": len(self.prompts[0]), "response_rows": self.response}
         state = StepState.first(layers=len(self.model.layers), **rows)
         return policy.plan(replace(state, step=step, block_step=step)).kind
 
     def steps(self, forward: Forward, policy: CachePolicy) -> Iterator[Step]:
         """LLaDA's sampler at temperature 0."""
-        model, canvas = self.model, [*self.prompt, *[self.model.mask_token] * self.response]
-        tokens = torch.tensor([canvas], device=model.device)
-        response = tokens[:, len(self.prompt) :]
-        for step in range(1, self.response + 1):
+        model, masks = self.model, [self.model.mask_token] * self.response
+        tokens = torch.tensor([[*prompt, *masks] for prompt in self.prompts], device=model.device)
+        response = tokens[:, -self.response :]
+        for step, count in enumerate(self.counts, 1):
             start = time.perf_counter()
             with torch.inference_mode():
-                decide_one(forward(tokens, step)[:, len(self.prompt) :], response, model.mask_token)
-            after = response[0].cpu().numpy().copy()  # on a GPU this waits for the step
+                decide(forward(tokens, step)[:, -self.response :], response, model.mask_token, count)
+            after = response.cpu().numpy().ravel()  # on a GPU this waits for the step
             seconds = time.perf_counter() - start
-            yield Step(self.kind(policy, step), seconds, None, after)
+            yield Step(self.kind(policy, step), seconds, None, after.copy())
 
 
 class CapturedForward:
@@ -80,10 +85,11 @@ class CapturedForward:
         return self._logits
 
 
-def decide_one(logits: Tensor, response: Tensor, mask_token: int) -> None:
-    """Commit the most confident masked row of [1, R] in place."""
+def decide(logits: Tensor, response: Tensor, mask_token: int, count: int) -> None:
+    """Commit the `count` most confident masked rows of each sequence of [B, R] in place; ties go to the leftmost row."""
     logits = logits.float()
     logits[:, :, mask_token] = -torch.inf
     confidence, tokens = logits.softmax(-1).max(-1)
-    row = confidence.where(response == mask_token, -torch.inf).argmax(-1, keepdim=True)
-    response.scatter_(1, row, tokens.gather(1, row))
+    masked = confidence.where(response == mask_token, -torch.inf)
+    rows = masked.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    response.scatter_(1, rows, tokens.gather(1, rows))

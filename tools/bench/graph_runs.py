@@ -23,7 +23,7 @@ BUDGET_SECONDS = 0.5
 
 
 def time_graphs(
-    bundle: Bundle, session: Session, prompt: int, response: int, rows: Sequence[int]
+    bundle: Bundle, session: Session, prompt: int, response: int, rows: Sequence[int], batch: int = 1
 ) -> Iterator[GraphTimes]:
     """Layers at the sizes of a request, partial ones for several counts of rows, and what stands around them."""
     length, budget = prompt + response, max(1, response // 4)
@@ -35,7 +35,7 @@ def time_graphs(
         *(("head", {"X": response, "Q": count}) for count in sorted({1, *rows, response})),
     ]
     for graph, sizes in cases:
-        yield time_graph(bundle, session, graph, {"B": 1, **sizes})
+        yield time_graph(bundle, session, graph, {"B": batch, **sizes})
 
 
 def time_graph(bundle: Bundle, session: Session, graph: str, sizes: Mapping[str, int]) -> GraphTimes:
@@ -97,5 +97,6 @@ def fill_tensors(bundle: Bundle, session: Session, spec: GraphSpec, sizes: Mappi
         buffers[tensor.name] = session.allocate(dims, tensor.type)
         if tensor in spec.inputs:
             value = values.get(tensor.name)
-            buffers[tensor.name].write(rng.standard_normal(dims, np.float32) if value is None else value)
+            drawn = rng.standard_normal(dims, np.float32) if value is None else np.broadcast_to(value, dims)
+            buffers[tensor.name].write(np.ascontiguousarray(drawn))
     return buffers

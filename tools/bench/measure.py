@@ -16,7 +16,7 @@ import numpy as np
 from dllm_export import __version__
 from dllm_export.graphs.counting_ops import Product
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.plugins import find_policy
+from dllm_export.runtime.plugins import find_policy, find_transfer
 from dllm_export.tools.bench.columns import COLUMNS, find_obstacle
 from dllm_export.tools.bench.processes import Failed, ask
 from dllm_export.tools.bench.records import (
@@ -32,7 +32,7 @@ from dllm_export.tools.bench.records import (
     Settings,
 )
 from dllm_export.tools.bench.roofline import TYPE_BYTES
-from dllm_export.tools.bench.session_runs import Outlook, foresee
+from dllm_export.tools.bench.session_runs import Outlook, foresee, to_request
 from dllm_export.tools.bench.summary import (
     find_doubts,
     make_agreement,
@@ -51,12 +51,14 @@ class Measurement:
 
     bundle: Bundle
     checkpoint: Path | None
-    tokens: tuple[int, ...]
-    """The prompt."""
+    prompts: tuple[tuple[int, ...], ...]
+    """One of each sequence of the batch, all equally long."""
     settings: Settings
     columns: Sequence[str]
     rows: tuple[int, ...] = ()
     graphs: bool = True
+    products: bool = True
+    """Whether every matrix product is timed alone."""
     nvtx: bool = False
     pythons: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Provider or flavour -> command that starts its Python; this one where none is named."""
@@ -67,7 +69,7 @@ class Measurement:
             column=column,
             bundle=str(self.bundle.path),
             checkpoint=None if self.checkpoint is None else str(self.checkpoint),
-            tokens=self.tokens,
+            prompts=self.prompts,
             settings=self.settings,
             rows=self.rows,
             graphs=self.graphs,
@@ -155,9 +157,11 @@ def finish_column(
     tokens, settings = what.bundle.manifest.tokens, what.settings
     here = rounds[0].place == settings.device
     bound = to_limits(limits) if limits and here else None
-    timed = products if here and COLUMNS[name].way == "session" else {}
+    # Without a schedule what a step decides, and so which products it has, is not foreseen.
+    foreseen = find_transfer(settings.transfer.name).keeps_schedule
+    timed = products if here and foreseen and COLUMNS[name].way == "session" else {}
     runs = tuple(
-        summarize_run(run, bound, timed.get(run.policy), sorted(tokens.ends), tokens.mask)
+        summarize_run(run, bound, timed.get(run.policy), sorted(tokens.ends), tokens.mask, settings.batch)
         for column in rounds
         for run in column.runs
     )
@@ -172,18 +176,18 @@ def strip_runs(column: RawColumn) -> RawColumn:
 def foresee_policy(what: Measurement, name: str, settings: Mapping[str, object]) -> Outlook:
     """What a policy's steps will do."""
     policy = find_policy(name)(**settings)
-    return foresee(what.bundle, what.tokens, what.settings.response, what.settings.steps, policy)
+    return foresee(what.bundle, to_request(what.prompts, what.settings), what.settings.steps, policy)
 
 
 def ask_limits(what: Measurement, outlooks: Mapping[str, Outlook]) -> tuple[MeasuredLimits | None, str]:
     """What the machine does at best, or why that is not known."""
-    settings = what.settings
+    settings, listed = what.settings, list_products(outlooks) if what.products else []
     task = LimitsTask(
         dtype=settings.dtype,
         device=settings.device,
         threads=settings.threads,
         working_set=max(work.weight_bytes + work.cache_bytes for one in outlooks.values() for work in one.work),
-        products=tuple(to_query(product, settings.shape.layers) for product in list_products(outlooks)),
+        products=tuple(to_query(product, settings.shape.layers) for product in listed),
     )
     try:
         return ask("machine_limits", task, MeasuredLimits, threads=settings.threads), ""
@@ -213,7 +217,7 @@ def to_query(product: Product, layers: int) -> ProductQuery:
 
 def count_products(outlooks: Mapping[str, Outlook], limits: MeasuredLimits | None) -> dict[str, float]:
     """Policy -> seconds of all matrix products of its timed steps, each timed alone."""
-    if limits is None:
+    if limits is None or not limits.product_seconds:
         return {}
     seconds = dict(zip(list_products(outlooks), limits.product_seconds, strict=True))
     return {
@@ -225,7 +229,7 @@ def count_products(outlooks: Mapping[str, Outlook], limits: MeasuredLimits | Non
 def need_memory(what: Measurement, column: str, outlooks: Mapping[str, Outlook]) -> int:
     """Bytes that a column takes, roughly."""
     settings = what.settings
-    logits = (settings.prompt + settings.response) * settings.shape.vocab * 4
+    logits = settings.batch * (settings.prompt + settings.response) * settings.shape.vocab * 4
     return COLUMNS[column].memory(
         weights=what.bundle.weight_bytes,
         buffers=max(outlook.buffer_bytes for outlook in outlooks.values()),
@@ -244,9 +248,8 @@ def find_shortage(way: str, needs: int, where: str, policies: Sequence[str]) -> 
     return ""
 
 
-def draw_prompt(bundle: Bundle, count: int, seed: int) -> tuple[int, ...]:
-    """Random ordinary tokens, the same for every column."""
+def draw_prompts(bundle: Bundle, count: int, seed: int, batch: int = 1) -> tuple[tuple[int, ...], ...]:
+    """Random ordinary tokens, the same for every column; the first prompts are the same in every batch."""
     manifest = bundle.manifest
     ordinary = min(manifest.shape.vocab, manifest.tokens.mask, *manifest.tokens.ends)
-    drawn: list[int] = np.random.default_rng(seed).integers(0, ordinary, count).tolist()
-    return tuple(drawn)
+    return tuple(map(tuple, np.random.default_rng(seed).integers(0, ordinary, (batch, count)).tolist()))

@@ -17,8 +17,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A JSON object whose fields are all known."""
 
 
-class PolicyRecord(Record, frozen=True):
-    """A cache policy by name, with its options."""
+class StrategyRecord(Record, frozen=True):
+    """A cache policy or decoding rule by name, with its options."""
 
     name: str
     settings: dict[str, Any]
@@ -35,15 +35,19 @@ class Settings(Record, frozen=True):
     response: int
     batch: int
     steps: int
-    """Steps that are timed, each of them one forward pass that decides one token."""
+    """Steps that are timed at most, each of them one forward pass."""
     warmup: int | None
     """Steps before the clock; null: docs/benchmarking.md."""
     rounds: int
     seed: int
     threads: int
     device: str
-    policies: tuple[PolicyRecord, ...]
+    policies: tuple[StrategyRecord, ...]
     """Without a cache first."""
+    transfer: StrategyRecord = StrategyRecord(name="quota", settings={})
+    """The decoding rule of the runtime; plain PyTorch has quota alone."""
+    tokens_per_step: int = 1
+    """Of each sequence, under a rule that keeps to a schedule."""
 
 
 class ColumnTask(Record, frozen=True):
@@ -53,8 +57,8 @@ class ColumnTask(Record, frozen=True):
     bundle: str
     checkpoint: str | None
     """Where plain PyTorch reads its weights; null: out of the bundle."""
-    tokens: tuple[int, ...]
-    """The prompt."""
+    prompts: tuple[tuple[int, ...], ...]
+    """One of each sequence of the batch, all equally long."""
     settings: Settings
     rows: tuple[int, ...]
     """Counts of rows that partial layers are timed for."""
@@ -79,7 +83,7 @@ class StepRecord(Record, frozen=True):
     """Of these in the provider, where that is known."""
     work: WorkRecord
     decided: tuple[tuple[int, int], ...]
-    """(row of the response, token) of what the step decided."""
+    """(row, token) of what the step decided; rows are counted through the responses of the batch, one after the other."""
 
 
 class Times(Record, frozen=True):
@@ -110,7 +114,7 @@ class RawRun(Record, frozen=True):
     policy: str
     steps: tuple[StepRecord, ...]
     tokens: tuple[int, ...]
-    """The response after the last timed step, undecided rows included."""
+    """The responses after the last timed step, one after the other, undecided rows included."""
     others: float | None
     """Share of the machine's processor time that other processes took meanwhile."""
 
@@ -190,7 +194,7 @@ class Run(Record, frozen=True):
     canvas_tokens: int
     """Tokens decided on the clock."""
     answer_tokens: int | None
-    """Tokens before the first end of text; null where the clock stopped before the response was whole."""
+    """Tokens before the first end of text, of all sequences; null where the clock stopped before they were whole."""
     seconds: float
     tokens_per_second: float
     """Of canvas tokens."""
@@ -202,6 +206,11 @@ class Run(Record, frozen=True):
     times_products: float | None
     """Time of all steps / that of their matrix products timed alone; on the device the products were timed on."""
     raw: RawRun
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Of canvas tokens, of all sequences."""
+        return self.canvas_tokens / self.passes
 
 
 class Column(Record, frozen=True):
@@ -216,7 +225,7 @@ class Column(Record, frozen=True):
 
 
 class Ratio(Record, frozen=True):
-    """How many times less time a run takes than its baseline, with a 95 % interval of bootstrapped steps."""
+    """How many times less time a run takes for a token than its baseline, with a 95 % interval of bootstrapped steps."""
 
     column: str
     policy: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dllm_export.tools.bench.records import (
     Agreement,
     Column,
@@ -52,7 +54,9 @@ class Bars:
     def fit(self, settings: Settings) -> bool:
         """Whether these settings are the ones that the bars were set for."""
         measured = (settings.shape.hidden, settings.shape.layers, settings.prompt, settings.response)
-        return measured == (self.hidden, self.layers, self.prompt, self.response) and settings.device == "cpu"
+        same = measured == (self.hidden, self.layers, self.prompt, self.response) and settings.device == "cpu"
+        single = settings.batch == settings.tokens_per_step == 1 and settings.transfer.name == "quota"
+        return same and single
 
 
 BARS = (
@@ -67,12 +71,19 @@ def find_bars(settings: Settings) -> Bars | None:
 
 
 def summarize_run(
-    raw: RawRun, limits: Limits | None, products_seconds: float | None, ends: Sequence[int], mask: int
+    raw: RawRun,
+    limits: Limits | None,
+    products_seconds: float | None,
+    ends: Sequence[int],
+    mask: int,
+    batch: int = 1,
 ) -> Run:
     """The figures of a run. `products_seconds` are those of its matrix products where they were timed on its device."""
     seconds = sum(step.seconds for step in raw.steps)
     inside = [step.engine_seconds for step in raw.steps if step.engine_seconds is not None]
-    answer = count_answer(raw.tokens, ends, mask)
+    responses = np.reshape(raw.tokens, (batch, -1)).tolist()
+    answers = [count_answer(one, ends, mask) for one in responses]
+    answer = None if None in answers else sum(one for one in answers if one is not None)
     whole = sum(limits.seconds(to_work(step)) for step in raw.steps) if limits else None
     kinds = {
         kind: summarize_kind(times, [step for step in raw.steps if step.kind == kind], limits)
@@ -149,6 +160,11 @@ def pool(columns: Mapping[str, Column], column: str, policy: str) -> dict[str, l
     return kinds
 
 
+def count_tokens(columns: Mapping[str, Column], column: str, policy: str) -> int:
+    """Canvas tokens that a policy's steps decided, of all rounds together."""
+    return sum(run.canvas_tokens for run in columns[column].runs if run.policy == policy)
+
+
 def make_ratios(columns: Mapping[str, Column], settings: Settings) -> Iterator[Ratio]:
     """Every run against eager PyTorch without a cache; a cached one against the published cache and against itself without."""
     bars, names = find_bars(settings), [name for name, _ in all_runs(columns)]
@@ -161,7 +177,8 @@ def make_ratios(columns: Mapping[str, Column], settings: Settings) -> Iterator[R
             if (baseline, policy) == (name, run.policy) or find_run(columns, baseline, policy) is None:
                 continue
             fast, slow = pool(columns, name, run.policy), pool(columns, baseline, policy)
-            value, low, high = bootstrap_ratio(slow, fast)
+            gain = count_tokens(columns, name, run.policy) / count_tokens(columns, baseline, policy)
+            value, low, high = bootstrap_ratio(slow, fast, gain=gain)
             bar = find_bar(bars, name, run.policy, baseline, policy)
             yield Ratio(
                 column=name,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dllm_export.tools.bench.records import Agreement, BenchReport, Run
+from dllm_export.tools.bench.records import Agreement, BenchReport, Run, Settings
 from dllm_export.tools.bench.summary import NONE, all_runs
 from dllm_export.tools.output import format_bytes, make_table, print_note, print_table, print_warning
 
 Row = Sequence[str]
 
 RUN_HEADER = (
-    *("column", "policy", "tokens/s", "x first", "passes", "outside", "% of limit", "x products"),
+    *("column", "policy", "tokens/s", "x first", "passes", "a pass", "outside", "% of limit", "x products"),
     "tokens equal to",
 )
 KIND_HEADER = (
@@ -59,6 +59,7 @@ def run_rows(report: BenchReport) -> Iterable[Row]:
             f"{run.tokens_per_second:.2f}",
             f"{ratio.value:.2f}" if ratio else "1.00",
             str(run.passes),
+            f"{run.tokens_per_pass:.4g}",
             "" if run.outside_engines is None else f"{run.outside_engines:.1%}",
             "" if run.share_of_limit is None else f"{run.share_of_limit:.0%}",
             "" if run.times_products is None else f"{run.times_products:.2f}",
@@ -139,7 +140,8 @@ def describe_limits(report: BenchReport) -> Iterable[str]:
         f"{report.break_even_rows:.0f} rows a step is bound by reading weights"
     )
     alone = ", ".join(f"{policy} {milliseconds:.0f} ms" for policy, milliseconds in report.products_ms.items())
-    yield f"matrix products of all timed steps, each timed alone: {alone}"
+    if alone:
+        yield f"matrix products of all timed steps, each timed alone: {alone}"
 
 
 def describe_memory(report: BenchReport) -> Iterable[str]:
@@ -161,9 +163,18 @@ def describe_settings(report: BenchReport) -> str:
     place = ", ".join([machine.cpu, f"{machine.cores} cores", *(gpu.name for gpu in machine.gpus)])
     return (
         f"d={shape.hidden}, {shape.layers} layers, {settings.dtype}, prompt {settings.prompt}, response "
-        f"{settings.response}, batch {settings.batch}, {settings.steps} steps timed, one token a step; {place}; "
+        f"{settings.response}, batch {settings.batch}, {settings.steps} steps timed, {describe_rule(settings)}; {place}; "
         f"{', '.join(libraries)}"
     )
+
+
+def describe_rule(settings: Settings) -> str:
+    """How many tokens a step decides of each sequence, or which rule says so."""
+    rule, count = settings.transfer, settings.tokens_per_step
+    if rule.name == "quota":
+        return "one token a step" if count == 1 else f"{count} tokens a step"
+    options = "".join(f", {name} {value}" for name, value in rule.settings.items())
+    return f"rule {rule.name}{options}"
 
 
 def markdown(report: BenchReport) -> str:

@@ -24,15 +24,15 @@ from dllm_export.runtime.policies import POLICIES, DllmCache
 from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.tools import cli
 from dllm_export.tools.bench.columns import COLUMNS, find_obstacle
-from dllm_export.tools.bench.command import BenchOptions, ShapeOptions, plan_measurement
-from dllm_export.tools.bench.measure import draw_prompt, find_shortage, need_memory
+from dllm_export.tools.bench.measure import draw_prompts, find_shortage, need_memory
 from dllm_export.tools.bench.metering import MeteredSession, OutlineSession
 from dllm_export.tools.bench.page import make_page
 from dllm_export.tools.bench.processes import Failed, ask, explain_exit
 from dllm_export.tools.bench.ranges import NoRanges, NvtxRanges
 from dllm_export.tools.bench.records import BenchReport, ColumnTask, RawColumn
+from dllm_export.tools.bench.request import BenchOptions, ShapeOptions, plan_measurement
 from dllm_export.tools.bench.roofline import Model
-from dllm_export.tools.bench.session_runs import foresee, session_steps
+from dllm_export.tools.bench.session_runs import SessionRequest, foresee, session_steps
 from dllm_export.tools.bench.statistics import compare_tokens
 from dllm_export.tools.bench.summary import make_agreement
 from dllm_export.tools.bench.tables import kind_rows, markdown, run_rows
@@ -279,7 +279,7 @@ def test_what_cannot_run_here_is_known_without_a_process() -> None:
 def test_a_column_that_does_not_fit_says_how_much_it_needs(tiny_bundle: Bundle) -> None:
     options = BenchOptions(gen_length=32, prompt_length=64, threads=1)
     what = plan_measurement(tiny_bundle, None, options, DllmCache())
-    outlooks = {"dllm-cache": foresee(tiny_bundle, what.tokens, 32, 32, DllmCache())}
+    outlooks = {"dllm-cache": foresee(tiny_bundle, SessionRequest(prompts=what.prompts, response=32), 32, DllmCache())}
     needs = {name: need_memory(what, name, outlooks) for name in ("torch", "onnxruntime", "eager")}
     caches = 5 * 2 * (2 * 96 + 32) * 64 * 4  # keys and values of all rows, deltas of the response, two copies
     assert needs["torch"] >= tiny_bundle.weight_bytes + caches
@@ -289,18 +289,18 @@ def test_a_column_that_does_not_fit_says_how_much_it_needs(tiny_bundle: Bundle) 
 
 def test_what_a_policy_will_do_is_what_it_then_does(tiny_bundle: Bundle) -> None:
     """The work foreseen without computing anything equals that of the calls of a real session, step by step."""
-    prompt = draw_prompt(tiny_bundle, 20, 0)
+    requests = [SessionRequest(prompts=draw_prompts(tiny_bundle, 20, 0, batch), response=16) for batch in (1, 3)]
     manifest = tiny_bundle.manifest
     kinds = {
         name: kind for name, kind in POLICIES.items() if name in ("none", "dllm-cache", "prefix", "dual", "window")
     }
     assert len(kinds) == 5
-    for kind in kinds.values():
-        outlook = foresee(tiny_bundle, prompt, 16, 12, kind())
+    for kind, request in ((kind, request) for kind in kinds.values() for request in requests):
+        outlook = foresee(tiny_bundle, request, 12, kind())
         inner = open_session(tiny_bundle, SessionOptions(threads=1))
         session = MeteredSession(inner, Model(tiny_bundle.specs, manifest.shape, manifest.dtype))
         with DiffusionLM(tiny_bundle, session) as lm:
-            done = list(islice(session_steps(lm, session.meter, prompt, 16, kind(), NoRanges()), 12))
+            done = list(islice(session_steps(lm, session.meter, request, kind(), NoRanges()), 12))
         assert [step.work for step in done] == list(outlook.work)
         assert outlook.products == session.meter.products
 
@@ -313,7 +313,14 @@ def test_every_step_is_a_range_with_its_index_and_kind(tiny_bundle: Bundle, monk
     monkeypatch.setitem(sys.modules, "nvtx", nvtx)
     session = MeteredSession(OutlineSession("float32"), Model(tiny_bundle.specs, tiny_bundle.manifest.shape, "float32"))
     with DiffusionLM(tiny_bundle, session) as lm:
-        list(islice(session_steps(lm, session.meter, [1, 2], 8, DllmCache(), NvtxRanges()), 2))
+        list(
+            islice(
+                session_steps(
+                    lm, session.meter, SessionRequest(prompts=((1, 2),), response=8), DllmCache(), NvtxRanges()
+                ),
+                2,
+            )
+        )
     assert seen == ["dllm-export: step 1 full", "end", "dllm-export: step 2 partial", "end"]
 
 
@@ -360,9 +367,9 @@ def test_a_bundle_goes_with_no_shape_and_a_prompt_must_fit(
 
 def test_the_prompt_follows_from_the_seed(tiny_bundle: Bundle) -> None:
     options = BenchOptions(prompt_length=20, gen_length=8)
-    drawn = [plan_measurement(tiny_bundle, None, one, DllmCache()).tokens for one in (options, options)]
+    drawn = [plan_measurement(tiny_bundle, None, one, DllmCache()).prompts for one in (options, options)]
     assert drawn[0] == drawn[1]
-    assert plan_measurement(tiny_bundle, None, replace(options, seed=1), DllmCache()).tokens != drawn[0]
+    assert plan_measurement(tiny_bundle, None, replace(options, seed=1), DllmCache()).prompts != drawn[0]
 
 
 def test_a_task_survives_its_way_to_the_process(tiny_bundle: Bundle) -> None:

@@ -19,11 +19,11 @@ from dllm_export.tools.bench.records import (
     Column,
     MachineRecord,
     MeasuredLimits,
-    PolicyRecord,
     RawColumn,
     RawRun,
     Settings,
     StepRecord,
+    StrategyRecord,
     WorkRecord,
 )
 from dllm_export.tools.bench.roofline import Limits
@@ -170,7 +170,7 @@ def report(columns: dict[str, Column], cpu: str = "chip", prompt: int = 512) -> 
         seed=0,
         threads=2,
         device="cpu",
-        policies=(PolicyRecord(name="none", settings={}), PolicyRecord(name="dllm-cache", settings={})),
+        policies=(StrategyRecord(name="none", settings={}), StrategyRecord(name="dllm-cache", settings={})),
     )
     return BenchReport(
         schema=SCHEMA,
