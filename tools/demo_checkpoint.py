@@ -1,4 +1,4 @@
-"""The demo model on disk: a directory in the layout of GSAI-ML/LLaDA-8B-Base with a byte tokenizer."""
+"""The demo model on disk: a directory in a published layout, that of GSAI-ML/LLaDA-8B-Base at first, with a byte tokenizer."""
 
 from __future__ import annotations
 
@@ -9,114 +9,76 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dllm_export.graphs import ModelShape
-from dllm_export.tools.demo_model import MASK, Weights
-from dllm_export.tools.llada_config import llada_config
+from dllm_export.graphs import ModelShape, layer_weights
+from dllm_export.graphs.families import Source, TensorNames, detect_family
+from dllm_export.tools.demo_layouts import END, LLADA, MASK, Layout
+from dllm_export.tools.demo_model import Weights
+from dllm_export.tools.random_checkpoint import checkpoint_config, tensor_names
 
-SPECIAL_TOKENS = (
-    "<|startoftext|>",
-    "<|endoftext|>",
-    "<|mdm_mask|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
-"""Ids 256 and up, in this order."""
-END = 257
-
-_LAYER_TENSORS = {
-    "norm1": ("attn_norm",),
-    "qk": ("q_proj", "k_proj"),
-    "v": ("v_proj",),
-    "out": ("attn_out",),
-    "norm2": ("ff_norm",),
-    "gate_up": ("ff_proj", "up_proj"),
-    "down": ("ff_out",),
-}
-_TOP_TENSORS = {"embedding": "wte", "norm": "ln_f", "head": "ff_out"}
+_FUSED = {"qk": ("q", "k"), "gate_up": ("gate", "up"), "qk_bias": ("q_bias", "k_bias")}
+"""Weights of the graphs that a checkpoint keeps in two; the others have the names of its slots."""
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE without merges: token id = byte value, special tokens from 256 on."""
-    tokenizer = Tokenizer(models.BPE(vocab=_byte_letters(), merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    return tokenizer
-
-
-def _byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte in a byte-level vocabulary (as GPT-2 defined it): itself if printable."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-
-
-def llada_tensors(shape: ModelShape, weights: Weights) -> Weights:
-    """The weights under LLaDA's names: fused matrices cut, matrices [out, in]."""
-    tensors = {}
-    for name, place in _TOP_TENSORS.items():
-        tensors[f"model.transformer.{place}.weight"] = weights[name].T if name == "head" else weights[name]
+def stored_tensors(shape: ModelShape, names: TensorNames, weights: Weights) -> Weights:
+    """The weights under a layout's names: fused matrices cut, matrices [out, in]."""
+    tensors = {names.embedding: weights["embedding"], names.norm: weights["norm"], names.head: weights["head"].T}
+    halves = {"q": shape.query_width, "k": shape.key_width, "gate": shape.mlp, "up": shape.mlp}
     for layer in range(shape.layers):
-        for name, places in _LAYER_TENSORS.items():
-            weight = weights[f"layers.{layer}.{name}"]
-            pieces = _cut(shape, name, weight.T if weight.dim() == 2 else weight)
-            for place, piece in zip(places, pieces, strict=True):
-                tensors[f"model.transformer.blocks.{layer}.{place}.weight"] = piece
+        for name in _layer_names(shape):
+            weight, slots = weights[f"layers.{layer}.{name}"], _FUSED.get(name, (name,))
+            sizes = [halves[slot.removesuffix("_bias")] for slot in slots] if len(slots) > 1 else [weight.shape[-1]]
+            for slot, piece in zip(slots, torch.split(weight, sizes, dim=-1), strict=True):
+                tensors[names.in_layer(slot, layer)] = piece.T if piece.dim() == 2 else piece
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def graph_weights(shape: ModelShape, tensors: Weights) -> Weights:
-    """The inverse of `llada_tensors`."""
-    weights = {}
-    for name, place in _TOP_TENSORS.items():
-        tensor = tensors[f"model.transformer.{place}.weight"]
-        weights[name] = tensor.T if name == "head" else tensor
+def graph_weights(shape: ModelShape, names: TensorNames, tensors: Weights) -> Weights:
+    """The inverse of `stored_tensors`."""
+    weights = {"embedding": tensors[names.embedding], "norm": tensors[names.norm], "head": tensors[names.head].T}
     for layer in range(shape.layers):
-        for name, places in _LAYER_TENSORS.items():
-            pieces = [tensors[f"model.transformer.blocks.{layer}.{place}.weight"] for place in places]
-            weights[f"layers.{layer}.{name}"] = torch.cat(pieces).T if pieces[0].dim() == 2 else pieces[0]
+        for name in _layer_names(shape):
+            joined = torch.cat([tensors[names.in_layer(slot, layer)] for slot in _FUSED.get(name, (name,))])
+            weights[f"layers.{layer}.{name}"] = joined.T if joined.dim() == 2 else joined
     return {name: weight.contiguous() for name, weight in weights.items()}
 
 
-def _cut(shape: ModelShape, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    sizes = {"qk": [shape.query_width, shape.key_width], "gate_up": [shape.mlp, shape.mlp]}
-    return torch.split(weight, sizes.get(name, [weight.shape[0]]))
+def _layer_names(shape: ModelShape) -> list[str]:
+    return [spec.name for spec in layer_weights(shape)]
 
 
-def save_checkpoint(directory: Path, shape: ModelShape, weights: Weights, report: Mapping[str, object]) -> None:
+def save_checkpoint(
+    directory: Path, shape: ModelShape, weights: Weights, report: Mapping[str, object], layout: Layout = LLADA
+) -> None:
     """Write the whole directory; `weights` must hold float16 numbers already, `report` becomes training.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    halves = {name: weight.detach().half().cpu() for name, weight in llada_tensors(shape, weights).items()}
+    tensors = stored_tensors(shape, tensor_names(layout.family), weights)
+    halves = {name: weight.detach().half().cpu() for name, weight in tensors.items()}
+    config = checkpoint_config(layout.family, shape, mask=MASK, end=END) | {"torch_dtype": "float16"}
     _replace(directory / "model.safetensors", lambda path: save_file(halves, path, metadata={"format": "pt"}))
-    _replace(directory / "tokenizer.json", lambda path: byte_tokenizer().save(str(path)))
-    _write_json(directory / "config.json", llada_config(shape, mask=MASK, end=END))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config(shape))
+    for name, text in layout.tokenizer_files().items():
+        _write_text(directory / name, text)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "tokenizer_config.json", layout.tokenizer_config(shape))
     _write_json(directory / "training.json", report)
 
 
-def load_weights(directory: Path, shape: ModelShape) -> Weights:
-    """The float32 weights of a saved directory."""
-    weights = graph_weights(shape, load_file(directory / "model.safetensors"))
-    return {name: weight.float() for name, weight in weights.items()}
-
-
-def _tokenizer_config(shape: ModelShape) -> dict[str, object]:
-    return {
-        "add_prefix_space": False,
-        "bos_token": SPECIAL_TOKENS[0],
-        "clean_up_tokenization_spaces": False,
-        "eos_token": SPECIAL_TOKENS[1],
-        "model_max_length": shape.max_length,
-        "pad_token": SPECIAL_TOKENS[1],
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
+def load_weights(directory: Path) -> tuple[ModelShape, Weights]:
+    """The shape and the float32 weights of a saved directory of any layout."""
+    tensors = load_file(directory / "model.safetensors")
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    source = Source(config=settings, tensors=frozenset(tensors))
+    config = detect_family(source).read_config(source)
+    weights = graph_weights(config.shape, config.names, tensors)
+    return config.shape, {name: weight.float() for name, weight in weights.items()}
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

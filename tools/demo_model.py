@@ -1,27 +1,26 @@
-"""The demo model outside of any export: fresh weights, the forward pass through the graphs, plain LLaDA decoding."""
+"""The demo model outside of any export: fresh weights, the forward pass through the graphs, plain decoding."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dllm_export.graphs import TOP_TOKENS, ModelShape, TensorSpec, graph_specs, layer_weights
 from dllm_export.graphs.heads import head
-from dllm_export.graphs.layers import normalize
+from dllm_export.graphs.layers import find_visible, normalize
 from dllm_export.graphs.steps import embed, layer_full
 from dllm_export.graphs.torch_ops import TorchOps
+from dllm_export.tools.demo_layouts import MASK
 from dllm_export.tools.problems import KINDS
-from dllm_export.tools.worksheets import Sheets, Worksheet, grade
+from dllm_export.tools.worksheets import Worksheet, grade
 
-MASK = 258
-"""Id of `<|mdm_mask|>`; bytes are 0..255, the special tokens follow."""
+COLUMN_STEP = 8
+"""What the columns of a batch are rounded up to, for kernels that want aligned rows."""
 
 Weights = dict[str, Tensor]
 """Weights by graph name; those of layer i carry the prefix `layers.i.`."""
@@ -40,12 +39,12 @@ def weight_specs(shape: ModelShape) -> dict[str, TensorSpec]:
 
 
 def draw_weights(shape: ModelShape, generator: torch.Generator) -> Weights:
-    """Fresh float32 weights: norms 1, matrices N(0, 1/inputs), ends of residual branches 1/(2 layers) of that."""
+    """Fresh float32 weights: norms 1, biases 0, matrices N(0, 1/inputs), ends of residual branches 1/(2 layers) of that."""
     weights = {}
     for name, spec in weight_specs(shape).items():
         size = [int(dim) for dim in spec.dims]
         if len(size) == 1:
-            weights[name] = torch.ones(size)
+            weights[name] = torch.zeros(size) if spec.name.endswith("_bias") else torch.ones(size)
             continue
         inputs = shape.hidden if spec.name == "embedding" else size[0]
         branch_end = spec.name in ("out", "down")
@@ -62,28 +61,57 @@ def rope_tables(shape: ModelShape, position: Tensor) -> tuple[Tensor, Tensor]:  
     return angle.cos(), angle.sin()
 
 
+class SharedKeys(TorchOps):
+    """Keys that query heads share are repeated for each: no kernel that takes a mask on a GPU shares them itself."""
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        shared = query.shape[2] // key.shape[2]
+        key, value = (x.repeat_interleave(shared, dim=2) if shared > 1 else x for x in (key, value))
+        return super().attention(query, key, value, mask)
+
+
 def layer_runner(shape: ModelShape) -> Layer:
     """The graph `layer_full` as a function of tensors only, so that it can be compiled once for all layers."""
 
     def run(hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         tensors = {name: weight.to(hidden.dtype) for name, weight in weights.items()}
         tensors |= {"hidden": hidden, "cos": cos, "sin": sin, "mask": mask}
-        return layer_full(TorchOps(), shape, tensors)["hidden_out"]
+        return layer_full(SharedKeys(), shape, tensors)["hidden_out"]
 
     return run
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where the rows of a batch of sequences stand and what they see."""
+
+    position: Tensor  # [B, S]
+    mask: Tensor  # [B, S] keys that all rows see, or [B, S, S] those that each row sees
+
+
+def view_rows(shape: ModelShape, start: Tensor, columns: int) -> View:
+    """Sequences in so many columns that begin at `start` [B]; what is before it is padding.
+
+    Of a model that attends by blocks, every sequence must begin at a multiple of its block.
+    """
+    column = torch.arange(columns, device=start.device)
+    visible = column >= start.unsqueeze(1)
+    position = (column - start.unsqueeze(1)).clamp(min=0)
+    if not shape.block:
+        return View(position, visible)
+    block = torch.where(visible, column // shape.block, columns)  # padding sees all, so that it sees something
+    return View(position, find_visible(TorchOps(), {"mask": visible, "block": block}, all_rows=True))
+
+
 def run_layers(
-    shape: ModelShape, weights: Weights, tokens: Tensor, start: Tensor, *, layer: Layer, dtype: torch.dtype
+    shape: ModelShape, weights: Weights, tokens: Tensor, view: View, *, layer: Layer, dtype: torch.dtype
 ) -> Tensor:
-    """Hidden rows [B, S, D] in `dtype` after the last layer. Columns before `start` [B] are padding."""
-    column = torch.arange(tokens.shape[1], device=tokens.device)
-    mask = column >= start.unsqueeze(1)
-    cos, sin = rope_tables(shape, (column - start.unsqueeze(1)).clamp(min=0))
+    """Hidden rows [B, S, D] in `dtype` after the last layer."""
+    cos, sin = rope_tables(shape, view.position)
     hidden = embed(TorchOps(), shape, {"tokens": tokens, "embedding": weights["embedding"].to(dtype)})["hidden_out"]
     names = [spec.name for spec in layer_weights(shape)]
     for number in range(shape.layers):
-        hidden = layer(hidden, cos, sin, mask, {name: weights[f"layers.{number}.{name}"] for name in names})
+        hidden = layer(hidden, cos, sin, view.mask, {name: weights[f"layers.{number}.{name}"] for name in names})
     return hidden
 
 
@@ -93,79 +121,43 @@ def classify(shape: ModelShape, weights: Weights, hidden: Tensor) -> Tensor:  # 
     return (rows @ weights["head"].to(hidden.dtype)).float()
 
 
-def masked_loss(
-    shape: ModelShape,
-    weights: Weights,
-    sheets: Sheets,
-    generator: torch.Generator,
-    *,
-    layer: Layer,
-    dtype: torch.dtype,
-    least: float = 0.0,
-) -> Tensor:
-    """LLaDA's supervised objective (arXiv 2502.09992, equation 5), averaged over the batch.
-
-    The prompt stays clean, each answer token is masked with probability p = (1 - 1e-3) t + 1e-3, t ~ U(least, 1) per
-    sheet, and the cross-entropy of the masked tokens is divided by p and by the answer length. t is stratified over the
-    batch.
-    """
-    device = generator.device
-    tokens = _send(sheets.tokens, device).to(torch.int32)
-    start = _send(sheets.start, device)
-    length = sheets.answer_length
-    answers = tokens[:, -length:].long()
-    count = len(answers)
-    offset = torch.rand((), generator=generator, device=device)
-    t = (offset + torch.arange(count, device=device) / count) % 1.0
-    t = least + (1 - least) * t
-    p = ((1 - 1e-3) * t + 1e-3).unsqueeze(1)
-    masked = torch.rand((count, length), generator=generator, device=device) < p
-    noisy = torch.cat((tokens[:, :-length], torch.where(masked, MASK, tokens[:, -length:])), dim=1)
-    hidden = run_layers(shape, weights, noisy, start, layer=layer, dtype=dtype)
-    logits = classify(shape, weights, hidden[:, -length:])
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
-    return (losses.view(count, length) * masked / p).sum() / (count * length)
-
-
-def _send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device; through pinned memory, so that the host need not wait for the step before."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 @torch.no_grad()
 def decode(
     shape: ModelShape, weights: Weights, prompts: Sequence[bytes], length: int, block: int, dtype: torch.dtype
 ) -> list[bytes]:
     """`length` answer bytes for each prompt by LLaDA's sampler: temperature 0, one token a step, surest token first.
 
-    Blocks of `block` tokens are filled from left to right; the last one may be shorter. Special tokens read as 0.
+    Blocks of `block` tokens are filled from left to right; the last one may be shorter. A model that attends by blocks has
+    its own ones instead, counted from the prompt's first token, and fills the last to its end, which is cut off. Special
+    tokens read as 0.
     """
     device = weights["embedding"].device
-    width = -(-max(map(len, prompts)) // 8) * 8
-    rows = [bytes(width - len(prompt)) + prompt for prompt in prompts]
-    tokens = torch.full((len(rows), width + length), MASK, dtype=torch.int32)
-    tokens[:, :width] = torch.tensor([list(row) for row in rows], dtype=torch.int32)
-    tokens = tokens.to(device)
-    start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    every = torch.arange(len(rows), device=device)
+    grid = shape.block or COLUMN_STEP
+    tails = [-(len(prompt) + length) % shape.block if shape.block else 0 for prompt in prompts]
+    rows = [[*prompt, *[MASK] * (length + tail)] for prompt, tail in zip(prompts, tails, strict=True)]
+    columns = -(-max(map(len, rows)) // grid) * grid
+    tokens = torch.tensor([[0] * (columns - len(row)) + row for row in rows], dtype=torch.int32, device=device)
+    start = torch.tensor([columns - len(row) for row in rows], device=device)
+    view, every = view_rows(shape, start, columns), torch.arange(len(rows), device=device)
     constants = {
         "norm": weights["norm"].to(dtype),
         "head": weights["head"].to(dtype),
         "bias": torch.zeros(shape.vocab, device=device),
     }
-    layer = layer_runner(shape)
-    for first in range(width, width + length, block):
-        places = torch.arange(first, min(first + block, width + length), device=device)
-        index = places.to(torch.int32).expand(len(rows), -1)
+    layer, top, block = layer_runner(shape), min(TOP_TOKENS, shape.vocab), shape.block or block
+    first = columns - length - max(tails)
+    for begin in range(first // shape.block * shape.block if shape.block else first, columns, block):
+        places = torch.arange(begin, min(begin + block, columns), device=device)
+        index = (places - int(shape.shift)).to(torch.int32).expand(len(rows), -1)
         for _ in places:
-            hidden = run_layers(shape, weights, tokens, start, layer=layer, dtype=dtype)
-            top = min(TOP_TOKENS, shape.vocab)
+            hidden = run_layers(shape, weights, tokens, view, layer=layer, dtype=dtype)
             found = head(TorchOps(), shape, {"hidden": hidden, "index": index, **constants}, top=top)
-            sure = torch.where(tokens[:, places] == MASK, found["confidence"], -1.0).argmax(dim=1)
-            tokens[every, places[sure]] = found["token"][every, sure]
-    answers = tokens[:, width:]
-    return [bytes(row) for row in torch.where(answers < 256, answers, 0).tolist()]
+            masked = tokens[:, places] == MASK
+            sure = torch.where(masked, found["confidence"], -1.0).argmax(dim=1)
+            decided = torch.where(masked[every, sure], found["token"][every, sure], tokens[every, places[sure]])
+            tokens[every, places[sure]] = decided
+    answers = torch.where(tokens < 256, tokens, 0).tolist()
+    return [bytes(row[columns - tail - length : columns - tail]) for row, tail in zip(answers, tails, strict=True)]
 
 
 def evaluate(

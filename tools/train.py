@@ -14,17 +14,22 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm_export.errors import UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.tools.demo_checkpoint import load_weights, save_checkpoint
-from dllm_export.tools.demo_model import Layer, Weights, draw_weights, evaluate, layer_runner, masked_loss
+from dllm_export.tools.demo_conversion import convert_weights
+from dllm_export.tools.demo_layouts import LAYOUTS
+from dllm_export.tools.demo_loss import LONGEST, masked_loss
+from dllm_export.tools.demo_model import Layer, Weights, draw_weights, evaluate, layer_runner, weight_specs
 from dllm_export.tools.problems import KINDS
-from dllm_export.tools.worksheets import CELL, COLUMNS, PROBLEMS, draw_sheets, held_out, training_stream
+from dllm_export.tools.worksheets import COLUMNS, PROBLEMS, draw_sheets, held_out, training_stream
 
 BUCKETS = (320, 384, 448, COLUMNS)
 """Sequence lengths that batches are padded to: one compiled layer for each."""
@@ -32,8 +37,6 @@ VOCAB = 264
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 PROGRESS_STEPS = 50
-WHOLE = CELL * PROBLEMS[1]
-"""Block length that no answer exceeds."""
 HELD_OUT_SEED = 1
 QUICK_SHEETS = 64
 """Sheets of an evaluation during training."""
@@ -44,8 +47,14 @@ class TrainOptions:
     """What to train and for how long; every field is a flag."""
 
     output: Path = Path("demo-model")
+    layout: str = "llada"
+    """llada, dream (shared keys, biases, a row predicts the next token) or sdar (shared keys, query norms, blocks)."""
     resume: Path | None = None
     """A directory written by an earlier run of the same sizes to start from; give another seed for fresh sheets."""
+    source: Path | None = field(default=None, metadata={"flag": "from"})
+    """A directory of LLaDA's layout whose weights are converted to start from."""
+    state: bool = True
+    """Whether to write state.pt, from which `resume` takes the optimizer."""
     minutes: float = 8.0
     steps: int = 1_000_000
     """The run ends, and its learning rate reaches the floor, at this step or after `minutes`, whichever comes first."""
@@ -69,11 +78,13 @@ class TrainOptions:
     heads: int = 4
     mlp: int = 480
     max_length: int = 640
+    block: int = 16
+    """Rows of a block, in a layout that attends by blocks."""
 
     @property
     def shape(self) -> ModelShape:
         """The model's shape."""
-        return ModelShape(
+        shape = ModelShape(
             layers=self.layers,
             hidden=self.hidden,
             heads=self.heads,
@@ -85,6 +96,7 @@ class TrainOptions:
             norm_eps=1e-5,
             rope_theta=10_000.0,
         )
+        return LAYOUTS[self.layout].adapt(shape, self.block)
 
 
 class Trainer:
@@ -94,12 +106,7 @@ class Trainer:
         self.options = options
         self.shape = options.shape
         self.device = device
-        weights = (
-            load_weights(options.resume, self.shape)
-            if options.resume
-            else draw_weights(self.shape, torch.Generator().manual_seed(options.seed))
-        )
-        self.weights = {name: weight.to(device).requires_grad_() for name, weight in weights.items()}
+        self.weights = {name: weight.to(device).requires_grad_() for name, weight in first_weights(options).items()}
         self.optimizer = _optimizer(self.weights, options, fused=device.type == "cuda")
         if options.resume and (options.resume / "state.pt").exists():
             state = torch.load(options.resume / "state.pt", map_location=device, weights_only=True)
@@ -109,7 +116,8 @@ class Trainer:
                     self.weights[name].copy_(weight)
         self.sheets = training_stream(options.seed)
         self.noise = torch.Generator(device).manual_seed(options.seed)
-        self.layer: Layer = layer_runner(self.shape)
+        # bfloat16 has too few digits for an angle, whatever type the layout rotates in.
+        self.layer: Layer = layer_runner(replace(self.shape, rope_float32=True))
         if device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # the memory-efficient kernel takes the broadcast mask as it is
             self.layer = torch.compile(self.layer, dynamic=False)
@@ -144,9 +152,25 @@ class Trainer:
 
     def save(self, report: Mapping[str, object]) -> None:
         """Write the checkpoint and, beside it, the state that `resume` continues from."""
-        save_checkpoint(self.options.output, self.shape, self.rounded(), report)
+        save_checkpoint(self.options.output, self.shape, self.rounded(), report, LAYOUTS[self.options.layout])
+        if not self.options.state:
+            return
         state = {"weights": self.weights, "optimizer": self.optimizer.state_dict()}
         torch.save(state, self.options.output / "state.pt")
+
+
+def first_weights(options: TrainOptions) -> Weights:
+    """What a run starts from: saved weights, converted ones or drawn ones."""
+    if options.resume:
+        shape, weights = load_weights(options.resume)
+        if shape != options.shape:
+            raise UsageError(
+                f"--resume holds a model of shape {shape}, the flags say {options.shape}: make them the same"
+            )
+        return weights
+    if options.source:
+        return convert_weights(*load_weights(options.source), new=options.shape)
+    return draw_weights(options.shape, torch.Generator().manual_seed(options.seed))
 
 
 def _optimizer(weights: Weights, options: TrainOptions, *, fused: bool) -> torch.optim.AdamW:
@@ -178,13 +202,15 @@ def train(options: TrainOptions, device: torch.device) -> dict[str, object]:
             losses[step] = round(loss.item(), 5)
             print(f"step {step} seconds {now - began:.0f} loss {losses[step]:.4f}", flush=True)
         if now - graded > 60 * options.eval_minutes and progress < 0.95:
-            accuracy[f"step {step}, {QUICK_SHEETS} sheets"] = trainer.grade(QUICK_SHEETS, WHOLE)
+            accuracy[f"step {step}, {QUICK_SHEETS} sheets"] = trainer.grade(QUICK_SHEETS, LONGEST)
             graded = time.monotonic()
             print(json.dumps(accuracy), flush=True)
             trainer.save(_report(options, device, losses, now - began, accuracy))
     seconds = time.monotonic() - began
     trainer.save(_report(options, device, losses, seconds, accuracy))
-    for name, block in (("whole answer", WHOLE), ("blocks of 32", 32)):
+    blocks = (options.shape.block,) if options.shape.block else (LONGEST, 32)
+    for block in blocks:
+        name = "whole answer" if block == LONGEST else f"blocks of {block}"
         accuracy[f"step {step}, {options.eval_sheets} sheets, {name}"] = trainer.grade(options.eval_sheets, block)
     report = _report(options, device, losses, seconds, accuracy)
     trainer.save(report)
@@ -203,7 +229,7 @@ def _report(
         "seed": options.seed,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "software": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
-        "parameters": options.shape.weight_count,
+        "parameters": sum(math.prod(map(int, spec.dims)) for spec in weight_specs(options.shape).values()),
         "steps": max(losses),
         "seconds": round(seconds, 1),
         "held_out": f"worksheets.held_out(..., {HELD_OUT_SEED}), one token a step, temperature 0",
@@ -215,23 +241,32 @@ def _report(
 
 def _command(options: TrainOptions) -> str:
     """The command line that gives these options, without the directories, which are the machine's business."""
-    changed = {
-        field.name: getattr(options, field.name)
-        for field in fields(options)
-        if field.name != "output" and getattr(options, field.name) != field.default
-    }
-    if options.resume:
-        changed["resume"] = options.resume.name
-    flags = (f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
-    return "python -m dllm_export.tools.train" + "".join(flags)
+    words = ["python -m dllm_export.tools.train"]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name == "output" or value == option.default:
+            continue
+        if isinstance(value, bool):
+            words.append(_flag(option) if value else _flag(option).replace("--", "--no-"))
+        else:
+            words.append(f"{_flag(option)} {value.name if isinstance(value, Path) else value}")
+    return " ".join(words)
+
+
+def _flag(option: Field[Any]) -> str:
+    return "--" + str(option.metadata.get("flag", option.name)).replace("_", "-")
 
 
 def parse_options(arguments: Sequence[str]) -> TrainOptions:
     """Options from command-line flags, which are the fields of TrainOptions."""
     parser = argparse.ArgumentParser(description="Train the demo model on worksheets.")
-    for field in fields(TrainOptions):
-        kind = Path if field.default is None else type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    for option in fields(TrainOptions):
+        settings: dict[str, Any] = {"type": Path if option.default is None else type(option.default)}
+        if isinstance(option.default, bool):
+            settings = {"action": argparse.BooleanOptionalAction}
+        if option.name == "layout":
+            settings["choices"] = list(LAYOUTS)
+        parser.add_argument(_flag(option), dest=option.name, default=option.default, **settings)
     return TrainOptions(**vars(parser.parse_args(arguments)))
 
 

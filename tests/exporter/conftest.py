@@ -15,7 +15,7 @@ from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
 from dllm_export.graphs import ModelShape
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.tools.demo_checkpoint import byte_tokenizer
+from dllm_export.tools.demo_layouts import byte_tokenizer
 from dllm_export.tools.llada_config import llada_config
 from dllm_export.tools.random_checkpoint import random_tensors
 

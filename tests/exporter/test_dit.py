@@ -31,7 +31,7 @@ from dllm_export.graphs.torch_ops import TorchOps
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.runtime.tensorrt.library import load_tensorrt
-from dllm_export.tools.demo_checkpoint import byte_tokenizer
+from dllm_export.tools.demo_layouts import byte_tokenizer
 from dllm_export.tools.eager_dit import EagerDit, load_eager_dit
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
 

@@ -24,7 +24,7 @@ from dllm_export.runtime.manifest import FORMAT, MANIFEST, EngineRecord, FileRec
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.session import SessionOptions
-from dllm_export.tools.demo_checkpoint import byte_tokenizer
+from dllm_export.tools.demo_layouts import byte_tokenizer
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
 
 Rewrite = Callable[..., Path]

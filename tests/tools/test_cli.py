@@ -24,7 +24,8 @@ from dllm_export.runtime.policies import POLICIES
 from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.session import CaptureReport, SessionOptions, SessionReport
 from dllm_export.tools import cli, doctor, inspect_bundle
-from dllm_export.tools.demo_checkpoint import END, save_checkpoint
+from dllm_export.tools.demo_checkpoint import save_checkpoint
+from dllm_export.tools.demo_layouts import END
 from dllm_export.tools.demo_model import draw_weights
 from dllm_export.tools.generate_text import session_line
 from dllm_export.tools.train import TrainOptions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from dllm_export.tools.demo_checkpoint import SPECIAL_TOKENS, byte_tokenizer, load_weights
-from dllm_export.tools.demo_model import MASK, decode, draw_weights, layer_runner, run_layers
+from dllm_export.tools.demo_checkpoint import load_weights
+from dllm_export.tools.demo_layouts import LLADA, MASK, byte_tokenizer
+from dllm_export.tools.demo_model import decode, draw_weights, layer_runner, run_layers, view_rows
 from dllm_export.tools.train import Trainer, TrainOptions, learning_rate, parse_options, train
 from dllm_export.tools.worksheets import held_out
 
@@ -82,7 +84,8 @@ def test_the_tensors_have_the_names_and_sizes_of_llada(checkpoint: Path) -> None
 
 def test_reading_a_checkpoint_gives_the_weights_that_were_saved(checkpoint: Path) -> None:
     state = torch.load(checkpoint / "state.pt", weights_only=True)
-    loaded = load_weights(checkpoint, TINY.shape)
+    shape, loaded = load_weights(checkpoint)
+    assert shape == TINY.shape
     assert loaded.keys() == state["weights"].keys()
     assert all(torch.equal(loaded[name], weight.half().float()) for name, weight in state["weights"].items())
 
@@ -103,7 +106,7 @@ def test_the_tokenizer_gives_every_byte_its_own_id(checkpoint: Path) -> None:
     text = "".join(map(chr, range(128))) + " äé€𝄞 \n\n end"
     assert tokenizer.encode(text).ids == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
-    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(256, 262))
+    assert [tokenizer.token_to_id(token) for token in LLADA.special_tokens] == list(range(256, 262))
     assert tokenizer.encode("a<|mdm_mask|>b").ids == [97, MASK, 98]
     assert byte_tokenizer().get_vocab_size() == 262
 
@@ -114,8 +117,9 @@ def test_padding_at_the_left_does_not_change_a_row() -> None:
     tokens = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     padded = torch.cat((torch.zeros((1, 12), dtype=torch.int32), tokens), dim=1)
     layer = layer_runner(shape)
-    plain = run_layers(shape, weights, tokens, torch.tensor([0]), layer=layer, dtype=torch.float32)
-    shifted = run_layers(shape, weights, padded, torch.tensor([12]), layer=layer, dtype=torch.float32)
+    run = partial(run_layers, shape, weights, layer=layer, dtype=torch.float32)
+    plain = run(tokens, view_rows(shape, torch.tensor([0]), 20))
+    shifted = run(padded, view_rows(shape, torch.tensor([12]), 32))
     torch.testing.assert_close(shifted[:, 12:], plain)
 
 
@@ -136,7 +140,7 @@ def test_the_learning_rate_rises_then_falls_to_its_floor() -> None:
 
 
 def test_flags_are_the_fields_of_the_options() -> None:
-    options = parse_options(["--output", "x", "--minutes", "2.5", "--resume", "y", "--eval-sheets", "3"])
-    assert options == TrainOptions(output=Path("x"), minutes=2.5, resume=Path("y"), eval_sheets=3)
+    options = parse_options(["--output", "x", "--minutes", "2.5", "--from", "y", "--no-state", "--eval-sheets", "3"])
+    assert options == TrainOptions(output=Path("x"), minutes=2.5, source=Path("y"), state=False, eval_sheets=3)
     with pytest.raises(SystemExit):
         parse_options(["--no-such-flag", "1"])

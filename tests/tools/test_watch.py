@@ -14,8 +14,7 @@ from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.generate import Frame
 from dllm_export.runtime.tokenizer import Tokenizer
 from dllm_export.tools import watch
-from dllm_export.tools.demo_checkpoint import END, byte_tokenizer
-from dllm_export.tools.demo_model import MASK
+from dllm_export.tools.demo_layouts import END, MASK, byte_tokenizer
 from dllm_export.tools.output import Output
 from dllm_export.tools.watch import END as END_LOOK
 from dllm_export.tools.watch import LOOKS, NEWLINE, Canvas, Scroll, Watch
