@@ -64,7 +64,7 @@ def rope_tables(shape: ModelShape, position: Tensor) -> tuple[Tensor, Tensor]:  
 class SharedKeys(TorchOps):
     """Keys that query heads share are repeated for each: no kernel that takes a mask on a GPU shares them itself."""
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         shared = query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(shared, dim=2) if shared > 1 else x for x in (key, value))
         return super().attention(query, key, value, mask)
