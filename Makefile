@@ -2,11 +2,12 @@
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
+TORCH := .venv/.stamp-torch
 STAMP := .venv/.stamp
 EXTRAS ?=
 COMMA := ,
 TOOLS := .venv/.stamp-tools$(addprefix -,$(EXTRAS))
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench venv clean
@@ -29,7 +30,8 @@ clean:  ## remove .venv, build outputs and caches
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# Nothing is compiled ahead: Python compiles what is imported, a small part of what is installed.
+$(TORCH): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "make: needs Python >= 3.10, '$(PYTHON)' is missing or older: run make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -39,13 +41,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "set-up: installing torch, CPU build"
 	@$(PIP_INSTALL) --no-deps --retries 1 --timeout 20 --index-url $(TORCH_INDEX) torch 2>/dev/null || \
 	  echo "set-up: no CPU build of torch at $(TORCH_INDEX); taking the default index's build, on Linux several GB with CUDA"
+	@touch $@
+
+$(STAMP): $(TORCH)
 	@echo "set-up: installing dllm-export (a few minutes the first time)"
 	@$(PIP_INSTALL) -e '.[export,onnxruntime]'
 	@touch $@
 
-$(TOOLS): $(STAMP)
-	@echo "set-up: installing the tools of the tests"
+# All at once: what the tools need holds what the package needs.
+$(TOOLS): $(TORCH)
+	@echo "set-up: installing dllm-export and the tools of the tests (a few minutes the first time)"
 	@$(PIP_INSTALL) -e '.[export,onnxruntime,tensorrt-rtx,polygraphy,plots,dev$(addprefix $(COMMA),$(EXTRAS))]'
 	@# Type stubs: what they depend on cannot be installed, and in site-packages they would pass for TensorRT itself.
 	@$(PIP_INSTALL) --no-deps --upgrade --target .venv/stubs tensorrt-stubs
-	@touch $@
+	@touch $(STAMP) $@

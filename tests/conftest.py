@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -60,6 +61,18 @@ OpenModel = Callable[[str], DiffusionLM]
 def one_torch_thread() -> None:
     """Tiny matrices gain nothing from threads, and on a busy machine threads wait for one another at every operation."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """One core for what this test starts: threads of two would wait for one another and for the test beside them."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores, worker = os.sched_getaffinity(0), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    os.sched_setaffinity(0, {sorted(cores)[int(worker.removeprefix("gw")) % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="session")

@@ -304,6 +304,7 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("one_core")
 def test_the_readme_runs_as_printed(workspace: Path) -> None:
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert {language for language, _ in blocks} == {"sh", "python"}

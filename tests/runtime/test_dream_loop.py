@@ -181,11 +181,14 @@ CASES: Mapping[str, dict[str, Any]] = {
 
 
 CACHED = ("one token a step", "more steps than tokens", "drawn rows and tokens")
-PAIRS = [*((case, NoCache()) for case in CASES), *((case, CACHE) for case in CACHED)]
+LOOPS = [
+    # Without a cache every second pair, as the white fields of a chess board.
+    *((case, alg, NoCache()) for row, case in enumerate(CASES) for alg in [*ALGORITHMS, "origin"][row % 2 :: 2]),
+    *((case, alg, CACHE) for case in CACHED for alg in [*ALGORITHMS, "origin"]),
+]
 
 
-@pytest.mark.parametrize("alg", [*ALGORITHMS, "origin"])
-@pytest.mark.parametrize(("case", "policy"), PAIRS, ids=str)
+@pytest.mark.parametrize(("case", "alg", "policy"), LOOPS, ids=str)
 def test_a_continuation_equals_the_published_loop(
     case: str, alg: str, policy: CachePolicy, lm: DiffusionLM, tiny_eager: dict[str, EagerModel]
 ) -> None:
@@ -319,7 +322,7 @@ def test_with_twice_as_many_steps_as_tokens_half_of_them_commit_nothing() -> Non
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 64, 100, 128, 200, 256, 300, 512, 768])
 def test_counts_are_those_of_the_published_arithmetic(steps: int) -> None:
-    for masks in (1, 2, 5, 31, 64, 100, 128, 256, 333, 512, 600):
+    for masks in (1, 5, 64, 128, 333, 600):
         for eps in (1e-3, 1e-5, 0.1):
             assert counts(steps, masks, eps) == published_counts(steps, masks, eps), (masks, eps)
 

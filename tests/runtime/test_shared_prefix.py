@@ -188,9 +188,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("base", [NoCache(), DualCache()], ids=lambda base: base.name)
-@pytest.mark.parametrize("depth", range(6))
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Every case at every depth, with one base or the other in turn.
+@pytest.mark.parametrize(
+    ("case", "depth", "base"),
+    [
+        (case, depth, (NoCache(), DualCache())[(number + depth) % 2])
+        for number, case in enumerate(CASES)
+        for depth in range(6)
+    ],
+    ids=str,
+)
 def test_requests_that_share_a_prefix_give_the_tokens_of_the_rule(
     case: tuple[Any, ...], depth: int, base: CachePolicy, tiny_bundle: Bundle, tiny_eager: dict[str, EagerModel]
 ) -> None:

@@ -252,10 +252,12 @@ def shell_blocks() -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```", walk_through(), re.MULTILINE | re.DOTALL)
 
 
-def run_shell(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run it as a user with this environment would."""
+def run_shell(code: str, folder: Path, hidden: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run it as a user with this environment would, less the modules in `hidden`, which cannot be imported."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
+    if hidden:
+        environment["PYTHONPATH"] = os.pathsep.join((str(hidden), os.environ.get("PYTHONPATH", "")))
     return subprocess.run(["sh", "-ec", code], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -268,30 +270,38 @@ def workspace(byte_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_the_walk_through_runs_as_printed_and_notices_wrong_outputs(workspace: Path) -> None:
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Polygraphy imports torch wherever there is one, six sevenths of each of its dozen starts, and needs none here."""
+    folder = tmp_path_factory.mktemp("hidden")
+    (folder / "torch.py").write_text('raise ImportError("hidden")\n')
+    return folder
+
+
+def test_the_walk_through_runs_as_printed_and_notices_wrong_outputs(workspace: Path, no_torch: Path) -> None:
     dumping, comparing, reducing = shell_blocks()
-    for code in (dumping, comparing):
-        done = run_shell(code, workspace)
+    for code, hidden in ((dumping, None), (comparing, no_torch)):
+        done = run_shell(code, workspace, hidden)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     outputs = workspace / "dump" / "outputs.json"
     kept, changed = outputs.read_text(), load(outputs)
     changed[0][1][0]["hidden_out"][0, -1, 0] += 0.5
     changed.save(str(outputs))
-    failed = run_shell(comparing, workspace)
+    failed = run_shell(comparing, workspace, no_torch)
     assert failed.returncode != 0
     assert "FAILED | Output: 'hidden_out'" in failed.stdout + failed.stderr
     outputs.write_text(kept)
 
-    done = run_shell(reducing, workspace)
+    done = run_shell(reducing, workspace, no_torch)
     assert done.returncode == 0, f"{reducing}\n{done.stdout}\n{done.stderr}"
     last = onnx.load(workspace / "reduced.onnx").graph.node[-1]
     assert last.op_type == "LogSoftmax"
     assert f"{last.name} [Op: LogSoftmax]" in done.stdout
 
 
-def test_polygraphy_accepts_the_comparison_for_a_gpu(workspace: Path) -> None:
+def test_polygraphy_accepts_the_comparison_for_a_gpu(workspace: Path, no_torch: Path) -> None:
     (code,) = re.findall(r"^```sh gpu\n(.*?)^```", walk_through(), re.MULTILINE | re.DOTALL)
     (comparing,) = re.findall(r"^polygraphy run .*?\n(?! )", code, re.MULTILINE | re.DOTALL)
-    done = run_shell(f"{comparing.rstrip()} --gen-script script.py", workspace)
+    done = run_shell(f"{comparing.rstrip()} --gen-script script.py", workspace, no_torch)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "TrtRunner" in (workspace / "script.py").read_text()

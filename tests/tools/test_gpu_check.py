@@ -19,13 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--prompt", "40", "--response", "32", "--steps", "8"]
 
 
+@pytest.mark.usefixtures("one_core")
 def test_every_column_that_works_is_measured_and_the_others_say_why(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     columns = ["--columns", "eager,four-feature,torch,onnxruntime,tensorrt"]
     script = ["tools/gpu_check", "--quick", "--device", "cpu", "--no-answers", *SIZES, "--report", str(report)]
     missing = ["--tensorrt", f"{sys.executable} -S"]  # an interpreter without packages
     environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    environment |= {
+        name: os.environ[name]
+        for name in ("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        if name in os.environ
+    }
     result = subprocess.run([*script, *columns, *missing], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(report.read_text())
