@@ -190,11 +190,6 @@ class OnnxOps:
     def any_last(self, x: Value) -> Value:
         return self._cast(self.max(self._cast(x, TensorProto.FLOAT), keep=False), TensorProto.BOOL)
 
-    def argmax_last(self, x: Value) -> Value:
-        numbers = self._cast(x, TensorProto.FLOAT)
-        place = self._node("ArgMax", (numbers,), TensorProto.INT64, x.dims[:-1], axis=-1, keepdims=0)
-        return self._cast(place, TensorProto.INT32)
-
     def max_pool(self, x: Value, width: int) -> Value:
         channel, pads = self.unsqueeze(x, 1), [width // 2, width // 2]
         pooled = self._node("MaxPool", (channel,), x.type, channel.dims, kernel_shape=[width], pads=pads)

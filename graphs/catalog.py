@@ -52,7 +52,7 @@ class GraphSpec:
 
 
 HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn"]
-"""What a decoding rule may take its statistics from; the loop adds guidance where it is on."""
+"""What a decoding rule may take its statistics from; all take the guidance residual, times 0 where guidance is off."""
 
 NORM1 = ("norm1", "norm1_bias", "norm1_modulation", "norm1_modulation_bias")
 PROJECTIONS = (*NORM1, "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
@@ -459,8 +459,7 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             (rows("guidance_out", "X", d),),
             steps.guidance,
         ),
-        GraphSpec("head", candidates, classifier, statistics, partial(heads.head, top=top)),
-        GraphSpec("head_guided", guided, classifier, statistics, partial(heads.head, top=top)),
+        GraphSpec("head", guided, classifier, statistics, partial(heads.head, top=top)),
         GraphSpec(
             "head_tracked",
             (*guided, every_token("distribution")),

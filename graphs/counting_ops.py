@@ -98,8 +98,6 @@ class CountingOps:
     def any_last(self, x: Outline) -> Outline:
         return Outline(x.dims[:-1])
 
-    argmax_last = any_last
-
     def top(self, x: Outline, count: Outline | int) -> tuple[Outline, Outline]:
         kept = Outline((*x.dims[:-1], read_count(count)))
         return kept, kept

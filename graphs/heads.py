@@ -12,6 +12,7 @@ from typing import Generic
 
 from dllm_export.graphs.drawing import draw_token
 from dllm_export.graphs.layers import normalize
+from dllm_export.graphs.long_rows import max_row, sum_row
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
@@ -26,17 +27,27 @@ class Softmax(Generic[T]):
     log_total: T  # [B, Q]
 
 
+@dataclass(frozen=True, slots=True)
+class Likeliest(Generic[T]):
+    """The K likeliest tokens of each row, the likeliest first."""
+
+    logits: T  # [B, Q, K]
+    tokens: T  # [B, Q, K]
+    logit: T  # [B, Q] of the first
+
+
 def head(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
     """Candidate rows to sampling statistics.
 
     `index` names the candidates among the alive rows; `bias` [V] is added to the logits (-1e30 bans a token);
-    `guidance` and `cfg_scale`, where given, add the guidance residual. Confidence, entropy (nats) and logsumexp are of
+    `guidance` times `cfg_scale` is the guidance residual, 0 without guidance. Confidence, entropy (nats) and logsumexp are of
     the softmax at temperature 1; margin is the probability gap of the two best tokens.
     """
     product = _classify(ops, shape, t)
     with ops.scope("statistics"):
         logits = _logits(ops, shape, product, t)
-        return _statistics(ops, logits, _softmax(ops, logits), top)
+        likeliest = _likeliest(ops, logits, top)
+        return _statistics(ops, shape, likeliest, _softmax(ops, shape, logits, likeliest.logit))
 
 
 def head_tracked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
@@ -48,18 +59,19 @@ def head_tracked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int
     product = _classify(ops, shape, t)
     with ops.scope("statistics"):
         logits = _logits(ops, shape, product, t)
-        softmax = _softmax(ops, logits)
-        share = ops.div(softmax.weights, ops.unsqueeze(softmax.total, 2))
+        likeliest = _likeliest(ops, logits, top)
+        softmax = _softmax(ops, shape, logits, likeliest.logit)
         log_share = ops.sub(softmax.shifted, ops.unsqueeze(softmax.log_total, 2))
-        former = ops.exp(t["distribution"])
-        squares = (ops.sum(ops.mul(p, p), keep=False) for p in (share, former))
-        dot = ops.sum(ops.mul(share, former), keep=False)
+        # The cosine does not ask for the weights' total.
+        weights, former = softmax.weights, ops.exp(t["distribution"])
+        squares = (sum_row(ops, ops.mul(p, p), shape.vocab) for p in (weights, former))
+        dot = sum_row(ops, ops.mul(weights, former), shape.vocab)
         # A banned token has p = 0 and a log p of -1e30 in both steps: it adds 0 * 0 and no nan.
-        divergence = ops.sum(ops.mul(share, ops.sub(log_share, t["distribution"])), keep=False)
+        moved = sum_row(ops, ops.mul(weights, ops.sub(log_share, t["distribution"])), shape.vocab)
         return {
-            **_statistics(ops, logits, softmax, top),
+            **_statistics(ops, shape, likeliest, softmax),
             "distribution_out": log_share,
-            "divergence": divergence,
+            "divergence": ops.div(moved, softmax.total),
             "similarity": ops.mul(dot, ops.rsqrt(ops.mul(*squares), 0.0)),
         }
 
@@ -72,26 +84,30 @@ def head_credited(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: in
     product = _classify(ops, shape, t)
     with ops.scope("statistics"):
         logits = _logits(ops, shape, product, t)
-        _, best = ops.top(logits, 1)
+        best = _likeliest(ops, logits, 1)
         tokens = ops.positions(ops.unsqueeze(t["bias"], 0))
         # The best token's weight is 1, so that log max(p) is -log total.
-        earned = ops.exp(ops.mul(ops.scale(_softmax(ops, logits).log_total, -1.0), t["credit_power"]))
+        log_total = _softmax(ops, shape, logits, best.logit).log_total
+        earned = ops.exp(ops.mul(ops.scale(log_total, -1.0), t["credit_power"]))
         nothing = ops.fill(earned, 0.0)
-        earned = ops.where(ops.matches(best, tokens), ops.unsqueeze(earned, 2), nothing)
+        earned = ops.where(ops.matches(best.tokens, tokens), ops.unsqueeze(earned, 2), nothing)
         credit = ops.add(ops.mul(t["credit"], t["credit_decay"]), earned)
         trust = ops.log(ops.add(credit, ops.fill(credit, 1.0)))
         fused = ops.add(logits, ops.mul(trust, t["credit_weight"]))
-        return {**_statistics(ops, fused, _softmax(ops, fused), top), "credit_out": credit}
+        likeliest = _likeliest(ops, fused, top)
+        softmax = _softmax(ops, shape, fused, likeliest.logit)
+        return {**_statistics(ops, shape, likeliest, softmax), "credit_out": credit}
 
 
 def head_given(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """Candidate rows to the probability of a given `token` in each, by the softmax that `head` takes confidence from."""
     product = _classify(ops, shape, t)
     with ops.scope("statistics"):
-        softmax = _softmax(ops, _logits(ops, shape, product, t))
+        logits = _logits(ops, shape, product, t)
+        softmax = _softmax(ops, shape, logits, max_row(ops, logits, shape.vocab))
         tokens = ops.positions(ops.unsqueeze(t["bias"], 0))
         given = ops.matches(ops.unsqueeze(t["token"], 2), tokens)
-        weight = ops.sum(ops.where(given, softmax.weights, ops.fill(softmax.weights, 0.0)), keep=False)
+        weight = sum_row(ops, ops.where(given, softmax.weights, ops.fill(softmax.weights, 0.0)), shape.vocab)
         return {"probability": ops.div(weight, softmax.total)}
 
 
@@ -103,11 +119,12 @@ def head_drawn(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) 
     product = _classify(ops, shape, t)
     with ops.scope("statistics"):
         logits = _logits(ops, shape, product, t)
-        softmax = _softmax(ops, logits)
+        likeliest = _likeliest(ops, logits, top)
+        softmax = _softmax(ops, shape, logits, likeliest.logit)
         weights = ops.exp(ops.mul(softmax.shifted, t["sharpness"]))
         drawn = draw_token(ops, weights, shape.vocab, t["uniform"])
         drawn_logit = ops.column(ops.take_last(logits, ops.unsqueeze(drawn, 2)), 0)
-        return {**_statistics(ops, logits, softmax, top), "drawn": drawn, "drawn_logit": drawn_logit}
+        return {**_statistics(ops, shape, likeliest, softmax), "drawn": drawn, "drawn_logit": drawn_logit}
 
 
 def _classify(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> T:
@@ -128,21 +145,26 @@ def _logits(ops: Ops[T], shape: ModelShape, product: T, t: Mapping[str, T]) -> T
     return ops.add(logits, t["bias"])
 
 
-def _softmax(ops: Ops[T], logits: T) -> Softmax[T]:
-    shifted = ops.sub(logits, ops.max(logits, keep=True))
+def _likeliest(ops: Ops[T], logits: T, top: int) -> Likeliest[T]:
+    top_logits, top_tokens = ops.top(logits, top)
+    return Likeliest(top_logits, top_tokens, ops.column(top_logits, 0))
+
+
+def _softmax(ops: Ops[T], shape: ModelShape, logits: T, largest: T) -> Softmax[T]:
+    """`largest` [B, Q] are the rows' largest logits: the first of the likeliest, where those are asked for anyway."""
+    shifted = ops.sub(logits, ops.unsqueeze(largest, 2))
     weights = ops.exp(shifted)
-    total = ops.sum(weights, keep=False)
+    total = sum_row(ops, weights, shape.vocab)
     return Softmax(shifted, weights, total, ops.log(total))
 
 
-def _statistics(ops: Ops[T], logits: T, softmax: Softmax[T], top: int) -> dict[str, T]:
+def _statistics(ops: Ops[T], shape: ModelShape, likeliest: Likeliest[T], softmax: Softmax[T]) -> dict[str, T]:
     """The outputs that all heads share."""
-    top_logits, top_tokens = ops.top(logits, top)
-    best = ops.column(top_logits, 0)
+    top_logits, top_tokens, best = likeliest.logits, likeliest.tokens, likeliest.logit
     logsumexp = ops.add(best, softmax.log_total)
     confidence = ops.exp(ops.sub(best, logsumexp))
     second = ops.exp(ops.sub(ops.column(top_logits, 1), logsumexp))
-    mean = ops.div(ops.sum(ops.mul(softmax.weights, softmax.shifted), keep=False), softmax.total)
+    mean = ops.div(sum_row(ops, ops.mul(softmax.weights, softmax.shifted), shape.vocab), softmax.total)
     return {
         "token": ops.column(top_tokens, 0),
         "confidence": confidence,

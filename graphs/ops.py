@@ -90,10 +90,6 @@ class Ops(Protocol[T]):
         """Bool: is any element of the last axis true."""
         ...
 
-    def argmax_last(self, x: T) -> T:
-        """int32: first position of a true element of a bool tensor's last axis."""
-        ...
-
     def max_pool(self, x: T, width: int) -> T:
         """Largest of the `width` elements around each, an odd number, along the last axis of x [B, N]."""
         ...

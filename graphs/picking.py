@@ -46,7 +46,12 @@ def pick_rows(ops: Ops[T], drift: T, t: Mapping[str, T]) -> Picked[T]:
     _, row = ops.top(score, t["budget"])
     places = ops.unsqueeze(ops.unsqueeze(ops.positions(drift), 0), 2)
     hit = ops.matches(ops.unsqueeze(row, 1), places)  # [B, X, Q]
-    return Picked(row, ops.take_rows(t["index"], row), ops.any_last(hit), ops.argmax_last(hit))
+    # No row is picked twice, so that one maximum says both whether a row is picked and which place it has, counted from 1.
+    ranks = ops.positions(row)
+    one, none = ops.fill(ranks, 1), ops.fill(ranks, 0)
+    found = ops.max(ops.where(hit, ops.add(ranks, one), none), keep=False)
+    chosen = ops.exceeds(found, none)
+    return Picked(row, ops.take_rows(t["index"], row), chosen, ops.where(chosen, ops.sub(found, one), none))
 
 
 def rotary_rows(ops: Ops[T], picked: Picked[T], t: Mapping[str, T]) -> tuple[T, T]:

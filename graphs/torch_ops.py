@@ -105,9 +105,6 @@ class TorchOps:
     def any_last(self, x: Tensor) -> Tensor:
         return x.any(-1)
 
-    def argmax_last(self, x: Tensor) -> Tensor:
-        return x.to(torch.int32).argmax(-1).to(torch.int32)
-
     def max_pool(self, x: Tensor, width: int) -> Tensor:
         return torch.nn.functional.max_pool1d(x.unsqueeze(1), width, stride=1, padding=width // 2).squeeze(1)
 

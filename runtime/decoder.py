@@ -285,8 +285,7 @@ class Decoder:
         return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1], *DRAWN)))
 
     def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
-        guided = self._options.cfg_scale > 0
-        self._clock.time(self._head.prepare(hidden, index, banned, guided=guided))
+        self._clock.time(self._head.prepare(hidden, index, banned))
         return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1])))
 
 

@@ -50,7 +50,7 @@ class Candidates:
 
 
 class Head:
-    """Runs a head graph on rows of the response: `head`, `head_guided` where guidance is on, or one that keeps a state.
+    """Runs a head graph on rows of the response: `head`, or one that keeps a state or draws.
 
     The state of `head_tracked` and `head_credited` is a row per candidate and a number per token, in two halves: a run reads
     one and writes the other.
@@ -75,22 +75,21 @@ class Head:
         """The guidance scale of the next runs."""
         self._scale.write(np.array([scale], np.float32))
 
-    def prepare(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int], *, guided: bool) -> Program:
+    def prepare(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Program:
         """The program for candidate rows `index` [B, Q] of `hidden` [B, R, D]; `banned` tokens are never proposed."""
         count = index.shape[1]
         self._output("index", count).write(index)
-        key: tuple[object, ...] = (id(hidden), count, guided, banned)
+        key: tuple[object, ...] = (id(hidden), count, banned)
         if key not in self._programs:
             tensors = {
                 "hidden": hidden,
                 **self._shared,
                 "bias": self._bias_buffer(banned),
+                "guidance": self.guidance,
+                "cfg_scale": self._scale,
                 **{name: self._output(name, count) for name in ("index", *STATISTICS)},
             }
-            if guided:
-                tensors |= {"guidance": self.guidance, "cfg_scale": self._scale}
-            call = GraphCall("head_guided" if guided else "head", None, tensors)
-            self._programs[key] = self._session.prepare([call])
+            self._programs[key] = self._session.prepare([GraphCall("head", None, tensors)])
         return self._programs[key]
 
     def prepare_state(

@@ -91,10 +91,9 @@ def test_a_partial_graph_never_makes_logits_of_the_whole_sequence(bundle: Bundle
         assert not [
             value.name for value in shapes for dim in value.type.tensor_type.shape.dim if dim.dim_value == vocab
         ]
-    for name in ("head", "head_guided"):
-        for output in bundle.manifest.graphs[name].outputs:
-            assert output.dims[:2] == ("B", "Q")
-            assert vocab not in output.dims
+    for output in bundle.manifest.graphs["head"].outputs:
+        assert output.dims[:2] == ("B", "Q")
+        assert vocab not in output.dims
 
 
 # -- embedded graphs

@@ -86,7 +86,7 @@ ELEMENT_TYPES = {
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "graphs.json"
 
 OPERATORS = {
-    *("Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Floor", "Gather"),
+    *("Add", "And", "Cast", "Concat", "Div", "Equal", "Exp", "Expand", "Floor", "Gather"),
     *("GatherElements", "Greater", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Squeeze", "Tanh"),
     *(
         "MaxPool",

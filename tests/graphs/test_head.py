@@ -57,7 +57,7 @@ def test_the_head_returns_the_statistics_of_the_softmax(
     shape: ModelShape, draw_feeds: DrawFeeds, run_graph: RunGraph
 ) -> None:
     feeds = draw_feeds(shape, "head")
-    feeds["bias"] = np.zeros(shape.vocab)
+    feeds["bias"], feeds["cfg_scale"] = np.zeros(shape.vocab), np.zeros(1)
     found, logits = run_graph("float64", shape, "head", feeds), logits_of(shape, feeds, feeds["hidden"])
     share = probabilities(logits)
     best, second = np.sort(share, axis=-1)[..., -1], np.sort(share, axis=-1)[..., -2]
@@ -76,7 +76,7 @@ def test_a_banned_token_is_never_proposed_and_counts_for_nothing(
     reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
 ) -> None:
     feeds = draw_feeds(PLAIN, "head")
-    feeds["bias"] = np.zeros(PLAIN.vocab)
+    feeds["bias"], feeds["cfg_scale"] = np.zeros(PLAIN.vocab), np.zeros(1)
     free = run_graph(reading, PLAIN, "head", feeds)
     banned = int(free["token"][0, 0])
     feeds["bias"][banned] = -1e30
@@ -95,11 +95,11 @@ def test_the_guidance_residual_gives_the_logits_of_classifier_free_guidance(
     scale: float, shape: ModelShape, draw_feeds: DrawFeeds, run_graph: RunGraph
 ) -> None:
     """uncond + (scale + 1)(cond - uncond), from numbers of the width of the model instead of the vocabulary."""
-    feeds = {**draw_feeds(shape, "head_guided"), "cfg_scale": np.array([scale]), "bias": np.zeros(shape.vocab)}
+    feeds = {**draw_feeds(shape, "head"), "cfg_scale": np.array([scale]), "bias": np.zeros(shape.vocab)}
     other = np.random.default_rng(9).normal(size=feeds["hidden"].shape)
     residual = {"hidden": feeds["hidden"], "unconditional": other, "norm": feeds["norm"]}
     feeds["guidance"] = run_graph("float64", shape, "guidance", residual)["guidance_out"]
-    found = run_graph("float64", shape, "head_guided", feeds)
+    found = run_graph("float64", shape, "head", feeds)
     conditional, unconditional = (logits_of(shape, feeds, hidden) for hidden in (feeds["hidden"], other))
     guided = unconditional + (scale + 1) * (conditional - unconditional)
     for tokens, logits, expected in zip(found["top_tokens"][0], found["top_logits"][0], guided[0], strict=True):
@@ -197,10 +197,10 @@ def test_a_given_token_has_its_probability_also_where_it_is_unlikely_or_banned(
 
 
 @pytest.mark.parametrize("graph", ["head_tracked", "head_credited"])
-def test_a_head_with_a_state_has_the_statistics_of_the_guided_head(
+def test_a_head_with_a_state_has_the_statistics_of_the_plain_one(
     graph: str, draw_feeds: DrawFeeds, run_graph: RunGraph
 ) -> None:
     feeds = draw_feeds(PLAIN, graph) | {"credit_weight": np.zeros(1)}
-    found, expected = (run_graph("float64", PLAIN, name, feeds) for name in (graph, "head_guided"))
+    found, expected = (run_graph("float64", PLAIN, name, feeds) for name in (graph, "head"))
     for name in STATISTICS:
         np.testing.assert_array_equal(found[name], expected[name])

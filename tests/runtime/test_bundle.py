@@ -48,7 +48,7 @@ FILES = (
     "weights/layer.001.safetensors",
     "weights/embedding.safetensors",
     "weights/head.safetensors",
-    *(f"graphs/{name}.onnx" for name in ("embed", "gather", "guidance", "head", "head_guided", "layer_skip")),
+    *(f"graphs/{name}.onnx" for name in ("embed", "gather", "guidance", "head", "layer_skip")),
     *(f"graphs/layer_{kind}{form}.onnx" for kind in ("full", "partial", "adaptive") for form in ("", ".constant")),
 )
 """Files that a bundle surely has; the tests go through all that are there."""

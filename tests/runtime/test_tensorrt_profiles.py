@@ -71,7 +71,7 @@ def test_the_narrowest_profile_that_holds_the_sizes_is_chosen(sizes: dict[str, i
         ("layer_partial", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in .* takes 1 to 8: build again with --max-length 9"),
         ("head", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in graph 'head', .* takes 1 to 8: build again with --rows 9"),
         ("layer_shadow", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in graph 'layer_shadow', .*: build again with --rows 9"),
-        ("head_guided", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in graph 'head_guided', .*: build again with --rows 9"),
+        ("head", {"Q": (1, 8, 8)}, {"Q": 9}, "Q = 9 in graph 'head', .*: build again with --rows 9"),
         ("head", {"X": (1, 8, 8), "Q": (1, 8, 8)}, {"X": 9, "Q": 8}, "X = 9 in .*: build again with --max-length 9"),
     ],
 )
@@ -238,7 +238,7 @@ def test_every_call_of_a_request_of_the_largest_sizes_has_a_profile(
         chosen.setdefault(spec.name, set()).add(choose_profile(spec.name, profiles, sizes))
         largest |= Counter(sizes)
     assert {name for name in chosen if name.startswith("layer_")} == LAYERS_OF_POLICY[policy]
-    assert chosen["embed"] == chosen["head_guided"] == chosen["guidance"] == {0}
+    assert chosen["embed"] == chosen["head"] == chosen["guidance"] == {0}
     assert (largest["B"], largest["S"], largest["X"]) == (BATCH, PROMPT + RESPONSE, PROMPT + RESPONSE)
 
 
@@ -280,7 +280,7 @@ def choose_all(bundle: Bundle, options: BuildOptions, block: int = BLOCK) -> Non
 def test_a_block_of_more_rows_than_the_head_takes_is_refused_with_the_flag_that_widens_it(tiny_bundle: Bundle) -> None:
     few = replace(BUILD, rows=BLOCK)
     choose_all(tiny_bundle, few)
-    with pytest.raises(UsageError, match=r"Q = 24 in graph 'head_guided', its engine takes 1 to 8: .* --rows 24"):
+    with pytest.raises(UsageError, match=r"Q = 24 in graph 'head', its engine takes 1 to 8: .* --rows 24"):
         choose_all(tiny_bundle, few, block=RESPONSE)
 
 

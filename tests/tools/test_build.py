@@ -267,7 +267,7 @@ def test_inspect_lists_the_engines(shell: Shell, bundle: Path) -> None:
     assert "compute capabilities" not in shell("inspect", bundle).out
     assert shell("build", bundle, "--sm", "8.9").code == 0
     text = shell("inspect", bundle).out
-    row = next(line for line in text.splitlines() if line.startswith("head_guided") and "tensorrt-rtx" in line)
+    row = next(line for line in text.splitlines() if line.startswith("head ") and "tensorrt-rtx" in line)
     assert row.endswith("B 1..4, Q 1..256, X 1..512")
     found = shell.json("inspect", bundle)["engines"]
     assert found == shell.json("build", bundle, "--sm", "8.9")["engines"]

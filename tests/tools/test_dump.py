@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = replace(TrainOptions(), layers=3, hidden=64, heads=2, mlp=96).shape
 ALWAYS_CALLED = {"embed", "layer_full", "gather"}
 GUIDED = "--policy dllm-cache --prompt-interval 3 --response-interval 2 --cfg-scale 1.5"
-GUIDED_CALLS = {*ALWAYS_CALLED, "layer_partial", "layer_adaptive", "guidance", "head_guided"}
+GUIDED_CALLS = {*ALWAYS_CALLED, "layer_partial", "layer_adaptive", "guidance", "head"}
 
 Dump = Callable[..., Path]
 
@@ -189,7 +189,7 @@ WRONG = {
     "layer_full -o new --step 0": "--step is 0, expected at least 1",
     "layer_full -o new --step 13": "is not called in step 13 or later in the 12 steps of this generation; its last call "
     "is in step 12",
-    "head_guided -o new": "is not called in the 12 steps of this generation; one of several steps with --cfg-scale 1.5 "
+    "guidance -o new": "is not called in the 12 steps of this generation; one of several steps with --cfg-scale 1.5 "
     "calls it",
     "layer_partial -o new --layer 2 --policy dllm-cache --response-interval 50": "is not called in layer 2 in the 12 steps "
     "of this generation, but it is in: 0",

@@ -35,7 +35,7 @@ def work_of_step(shape: ModelShape, policy: CachePolicy, step: int, batch: int =
     plan = policy.plan(replace(first, step=step, block_step=step))
     trunk.prepare(plan, np.zeros((batch, PROMPT + RESPONSE), np.int32))()
     rows = np.tile(np.arange(RESPONSE, dtype=np.int32), (batch, 1))
-    head.prepare(trunk.hidden, rows, frozenset(), guided=False)()
+    head.prepare(trunk.hidden, rows, frozenset())()
     return session.meter.take()
 
 
