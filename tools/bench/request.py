@@ -30,8 +30,8 @@ from dllm_export.tools.prompts import read_prompt
 
 SLOW = "torch-compile"
 """Compiles every graph for every size, which on a CPU takes longer than all other columns together."""
-SHORT_STEPS = 50
-"""Two prompt intervals of dLLM-Cache as published: the same mix of steps as in a whole generation."""
+SHORT_STEPS = 25
+"""One prompt interval of dLLM-Cache as published: the same mix of steps as in a whole generation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,12 +147,12 @@ def test_a_bundle_on_a_cpu_is_measured_for_fewer_steps_and_by_no_column_that_com
 
     asked = BenchOptions(prompt_length=100, device="cpu")
     short, whole = plan(asked), plan(asked, None)
-    assert (short.settings.steps, whole.settings.steps) == (50, 128)
+    assert (short.settings.steps, whole.settings.steps) == (25, 128)
     assert set(whole.columns) - set(short.columns) == {"eager-compile"}
     explicit = plan(replace(asked, steps=60, columns="eager-compile,torch"))
     assert (explicit.settings.steps, tuple(explicit.columns)) == (60, ("eager-compile", "torch"))
     assert plan(replace(asked, gen_length=9)).settings.steps == 9
-    assert plan(replace(asked, tokens_per_step=4)).settings.steps == 32
+    assert plan(replace(asked, tokens_per_step=8)).settings.steps == 16
 
 
 def test_the_fewer_steps_have_the_mix_of_a_long_generation() -> None:
@@ -160,4 +160,4 @@ def test_the_fewer_steps_have_the_mix_of_a_long_generation() -> None:
     policy, first = DllmCache(), StepState.first(layers=2, prompt_rows=10, response_rows=10)
     kinds = [policy.plan(replace(first, step=step, block_step=step)).kind for step in range(1, 1001)]
     few, all_of_them = Counter(kinds[:SHORT_STEPS]), Counter(kinds)
-    assert {kind: 20 * count for kind, count in few.items()} == all_of_them
+    assert {kind: 40 * count for kind, count in few.items()} == all_of_them
