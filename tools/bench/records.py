@@ -239,7 +239,8 @@ class Ratio(Record, frozen=True):
 
 
 class Agreement(Record, frozen=True):
-    """Equal tokens of two runs' responses, and the first step after which they differ (null: never)."""
+    """Equal tokens of two runs' responses among rows that either has decided, and the first step after which they differ (null:
+    never)."""
 
     column: str
     policy: str

@@ -30,6 +30,8 @@ from dllm_export.tools.prompts import read_prompt
 
 SLOW = "torch-compile"
 """Compiles every graph for every size, which on a CPU takes longer than all other columns together."""
+SHORT_STEPS = 25
+"""One prompt interval of dLLM-Cache as published: the same mix of steps as in a whole generation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +39,20 @@ class BenchOptions:
     """What to measure."""
 
     columns: str = option(
-        "auto", f"what to measure, with a comma between; auto is all but {SLOW} on a CPU: {', '.join(COLUMNS)}, all"
+        "auto",
+        f"what to measure, with a comma between; auto is all but {SLOW} on a CPU, and of a BUNDLE there eager-compile neither: "
+        f"{', '.join(COLUMNS)}, all",
     )
     prompt_length: int = option(512, "prompt tokens, random")
     prompt_file: Path | None = option(None, "text of the prompt instead; needs a bundle with a tokenizer")
     gen_length: int = option(128, "tokens of the response")
     batch: int = option(1, "sequences, each with a prompt of its own")
     tokens_per_step: int = option(1, "tokens of each sequence that a step decides, under a rule with a schedule")
-    steps: int | None = option(None, "steps that are timed, so as many forward passes in every column; default: all")
+    steps: int | None = option(
+        None,
+        "steps that are timed, so as many forward passes in every column; default: all, and of a BUNDLE on a CPU at most "
+        f"{SHORT_STEPS}",
+    )
     warmup: int | None = option(None, "steps before the clock; default: as docs/benchmarking.md says")
     rounds: int = option(1, "measure every column this many times, each time in a process of its own")
     threads: int = option(0, "CPU threads of every column; 0 takes all cores")
@@ -63,7 +71,7 @@ class BenchOptions:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "prompt_length", "gen_length", "batch", "tokens_per_step", "steps", "rounds")
         require_at_least(self, 0, "threads", "seed", "warmup")
-        most = -(-self.gen_length // self.tokens_per_step)
+        most = self.most_steps
         if self.steps is not None and self.steps > most:
             short = "--gen-length" if self.tokens_per_step == 1 else "--gen-length / --tokens-per-step"
             decided = "one token" if self.tokens_per_step == 1 else f"{self.tokens_per_step} tokens"
@@ -74,6 +82,23 @@ class BenchOptions:
         if unknown or not self.names:
             found = ", ".join(unknown) or "nothing"
             raise UsageError(f"--columns has {found}, expected some of: {', '.join(COLUMNS)}, or all")
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of a whole generation at one rate."""
+        return -(-self.gen_length // self.tokens_per_step)
+
+    def shorten(self) -> BenchOptions:
+        """On a CPU, where nothing is said of them, fewer steps and no column that compiles: a small model then takes a minute
+        or two."""
+        if self.place != "cpu":
+            return self
+        columns = self.columns
+        if columns.strip() == "auto":
+            columns = ",".join(
+                name for name in self.names if not (COLUMNS[name].compile and COLUMNS[name].place == "any")
+            )
+        return replace(self, columns=columns, steps=self.steps or min(self.most_steps, SHORT_STEPS))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -204,7 +229,7 @@ def plan_measurement(
         prompt=length,
         response=options.gen_length,
         batch=options.batch,
-        steps=options.steps or -(-options.gen_length // options.tokens_per_step),
+        steps=options.steps or options.most_steps,
         warmup=options.warmup,
         rounds=options.rounds,
         seed=options.seed,
@@ -254,7 +279,8 @@ class Request:
 
     def plan(self, bundle: Bundle, checkpoint: Path | None) -> Measurement:
         """What to measure on this bundle."""
-        return plan_measurement(bundle, checkpoint, self.options, self.policy, self.transfer)
+        options = self.options if self.path is None else self.options.shorten()
+        return plan_measurement(bundle, checkpoint, options, self.policy, self.transfer)
 
 
 @contextmanager

@@ -61,8 +61,10 @@ def resample_totals(kinds: ByKind, rng: np.random.Generator) -> NDArray[np.float
 
 
 def compare_tokens(found: RawRun, expected: RawRun) -> tuple[float, int | None]:
-    """Share of equal tokens after the last step, and the first step (1-based) after which the responses differ."""
-    share = float(np.mean(np.equal(found.tokens, expected.tokens)))
+    """Share of equal tokens after the last step, among rows that either has decided, and the first step (1-based) after which
+    the responses differ."""
+    decided = sorted({row for run in (found, expected) for step in run.steps for row, _ in step.decided})
+    share = float(np.mean(np.equal(np.take(found.tokens, decided), np.take(expected.tokens, decided))))
     pairs = zip_longest((set(step.decided) for step in found.steps), (set(step.decided) for step in expected.steps))
     # Responses that were equal before a step differ after it exactly if it decided different rows or tokens.
     return share, next((number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -10,12 +12,12 @@ import pytest
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.policies import DllmCache
+from dllm_export.runtime.policies import DllmCache, StepState
 from dllm_export.runtime.transfers import Threshold
 from dllm_export.tools.bench.column import measure_column
-from dllm_export.tools.bench.measure import draw_prompts
+from dllm_export.tools.bench.measure import Measurement, draw_prompts
 from dllm_export.tools.bench.records import RawRun
-from dllm_export.tools.bench.request import BenchOptions, plan_measurement
+from dllm_export.tools.bench.request import SHORT_STEPS, BenchOptions, Request, ShapeOptions, plan_measurement
 from dllm_export.tools.bench.roofline import Limits
 from dllm_export.tools.bench.statistics import compare_tokens
 from dllm_export.tools.bench.summary import find_bars, summarize_run
@@ -135,3 +137,27 @@ def test_batches_and_rules_that_make_no_sense_are_refused(
 def test_tokens_per_step_and_a_rule_that_decides_itself_are_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="--tokens-per-step has no effect with --transfer threshold"):
         plan_measurement(tiny_bundle, None, replace(OPTIONS, tokens_per_step=2), CACHE, Threshold())
+
+
+# -- what is left out of a bundle's report on a CPU
+def test_a_bundle_on_a_cpu_is_measured_for_fewer_steps_and_by_no_column_that_compiles(tiny_bundle: Bundle) -> None:
+    def plan(options: BenchOptions, path: Path | None = tiny_bundle.path) -> Measurement:
+        request = Request(path=path, options=options, policy=CACHE, transfer=None, shape=ShapeOptions())
+        return request.plan(tiny_bundle, None)
+
+    asked = BenchOptions(prompt_length=100, device="cpu")
+    short, whole = plan(asked), plan(asked, None)
+    assert (short.settings.steps, whole.settings.steps) == (25, 128)
+    assert set(whole.columns) - set(short.columns) == {"eager-compile"}
+    explicit = plan(replace(asked, steps=60, columns="eager-compile,torch"))
+    assert (explicit.settings.steps, tuple(explicit.columns)) == (60, ("eager-compile", "torch"))
+    assert plan(replace(asked, gen_length=9)).settings.steps == 9
+    assert plan(replace(asked, tokens_per_step=8)).settings.steps == 16
+
+
+def test_the_fewer_steps_have_the_mix_of_a_long_generation() -> None:
+    """So that tokens/s are those of a whole one: refreshes of the prompt come every 25 steps, of the response every 5."""
+    policy, first = DllmCache(), StepState.first(layers=2, prompt_rows=10, response_rows=10)
+    kinds = [policy.plan(replace(first, step=step, block_step=step)).kind for step in range(1, 1001)]
+    few, all_of_them = Counter(kinds[:SHORT_STEPS]), Counter(kinds)
+    assert {kind: 40 * count for kind, count in few.items()} == all_of_them

@@ -161,7 +161,7 @@ def test_a_token_that_is_changed_shows_in_the_agreement(bench: Done) -> None:
     columns = {**bench.report.columns, "onnxruntime": msgspec.structs.replace(column, runs=(run,))}
     found = next(one for one in make_agreement(columns) if (one.column, one.policy) == ("onnxruntime", "none"))
     assert (found.reference, found.first_difference) == ("eager", 12)
-    assert math.isclose(found.share, 54 / 55)
+    assert math.isclose(found.share, 29 / 30), "undecided rows, equal in both, are no agreement"
     assert compare_tokens(raw, raw) == (1.0, None)
 
 

@@ -272,3 +272,27 @@ def test_a_figure_that_spreads_or_was_disturbed_is_doubted() -> None:
     assert "other processes took up to 20%" in others
     (rounds,) = find_doubts({"a": column(calm, run(steps([1.2 * second for second in FAST])))})
     assert "rounds differ by 20%" in rounds
+
+
+def test_a_run_that_decides_more_in_its_time_is_faster_for_a_token() -> None:
+    """Two passes of one token against two passes of two tokens that take as long: twice the tokens/s."""
+    two = tuple(
+        msgspec.structs.replace(step, decided=((2 * number, 7), (2 * number + 1, 7)))
+        for number, step in enumerate(steps([0.5, 0.5]))
+    )
+    columns = {
+        "eager": column(msgspec.structs.replace(run(steps([0.5] * 2)), tokens=(7, 7, MASK, MASK))),
+        "torch": column(msgspec.structs.replace(run(two), tokens=(7,) * 4)),
+    }
+    (ratio,) = make_ratios(columns, report({}).settings)
+    assert (ratio.column, ratio.value, ratio.low, ratio.high) == ("torch", 2.0, 2.0, 2.0)
+    speeds = [one.runs[0].tokens_per_second for one in columns.values()]
+    assert (speeds, columns["torch"].runs[0].tokens_per_pass) == ([2.0, 4.0], 2.0)
+    assert compare_tokens(columns["torch"].runs[0].raw, columns["eager"].runs[0].raw) == (0.5, 1)
+
+
+def test_rows_that_neither_run_decided_are_no_agreement() -> None:
+    one = msgspec.structs.replace(run(steps([1.0] * 2)), tokens=(7, 7, MASK, MASK))
+    other = msgspec.structs.replace(run((one.steps[0],)), tokens=(7, MASK, MASK, MASK))
+    assert compare_tokens(one, one) == (1.0, None)
+    assert compare_tokens(other, one) == (0.5, 2)
