@@ -33,7 +33,7 @@ from dllm_export.runtime.policies import (
 from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
-from dllm_export.runtime.transfers import Dynamic, Quota, Threshold, Transfer, Wino
+from dllm_export.runtime.transfers import Dynamic, Quota, Threshold, TokenEditing, Transfer, Wino
 from dllm_export.tools import cli
 
 BLOCK, MASK, EOS = 4, 96, 95
@@ -141,7 +141,14 @@ def test_a_pass_that_missed_blocks_runs_all_that_changed_since() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Quota(), Dynamic(threshold=0.03), Threshold(threshold=0.03)], ids=lambda rule: rule.name
+    "rule",
+    [
+        Quota(),
+        Dynamic(threshold=0.03),
+        Threshold(threshold=0.03),
+        TokenEditing(threshold=0.03, editing_threshold=0.03, max_post_steps=1),
+    ],
+    ids=lambda rule: rule.name,
 )
 @pytest.mark.parametrize(
     "changes",
