@@ -110,6 +110,7 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
         "policies": (
             f"{V2}test_kept_blocks_are_exact_for_a_model_that_predicts_the_next_token_with_every_rule[sub-blocks]",
+            f"{V2}test_a_generation_of_fast_dllm_v2_with_its_dual_cache_is_the_published_loop_token_for_token[8-4-0.9]",
         ),
     },
     "llada-moe": {
