@@ -16,7 +16,7 @@ from dllm_export.runtime.options import GenerationOptions, SettledOptions
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.sampler import Proposal, propose, rank, share, temper
 from dllm_export.runtime.session import Buffer
-from dllm_export.runtime.transfers.contract import choose_rows
+from dllm_export.runtime.transfers.contract import choose_rows, narrow_rows
 from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.transfer import Transfer, TransferState, best_first
 
@@ -49,6 +49,8 @@ class Decoder:
         self.canvas: NDArray[np.int32] = request.canvas.copy()
         self.response = self.canvas[:, request.shape.prompt_rows :]  # view [B, R]
         self.confidence = np.full((batch, request.shape.response_rows), np.nan)  # of the rows decided so far
+        self.edited = np.zeros(self.response.shape, np.bool_)
+        """Rows [B, R] whose token the last step replaced by another."""
         self._asked = self.masked(request.shape.response_rows)
         self._rngs = [np.random.default_rng(options.seed + row) for row in range(batch)]
         self._orders: list[NDArray[np.float64]] | None = (
@@ -56,6 +58,8 @@ class Decoder:
         )
         self._draws: list[NDArray[np.float64]] | None = None  # likewise, for a rule that asks for them
         self._upcoming: NDArray[np.bool_] | None = None
+        self._inspected: NDArray[np.bool_] | None = None
+        self._goes_on = np.zeros(batch, np.bool_)  # sequences whose block takes another step, of a rule that edits
         self._memories: list[Any] = [None] * batch
         self._block_masks = np.zeros(batch, np.int64)
         # The mask token is never a proposal: committed, it would leave a hole (docs/decisions.md).
@@ -78,7 +82,7 @@ class Decoder:
         ordered = self._options.remasking == "random"
         if not (ordered or self._transfer.draws):
             return None
-        masked = self.masked((block + 1) * self._request.schedule.block_length)
+        masked = self._candidate_rows((block + 1) * self._request.schedule.block_length)
         if ordered:
             self._orders = [rng.random(int(row.sum())) for rng, row in zip(self._rngs, masked, strict=True)]
         if self._transfer.draws:
@@ -97,6 +101,33 @@ class Decoder:
             upcoming[sequence, np.flatnonzero(row)[chosen]] = True
         return upcoming
 
+    def inspect(self, block: int, block_step: int) -> NDArray[np.bool_] | None:
+        """The rows [B, R] that a step looks at, where the rule narrows them or looks at decided ones too; else None."""
+        self._inspected, rule = None, self._transfer
+        if not (rule.narrows or rule.edits):
+            return None
+        span = self._span(block)
+        inspected = self.masked(span[1])
+        for sequence, row in enumerate(inspected):
+            places = row.nonzero()[0]
+            if rule.narrows and len(places):
+                row[:] = False
+                row[narrow_rows(rule, places, span, block_step)] = True
+            if rule.edits and self._goes_on[sequence]:
+                row[self._decided(sequence, span)] = True
+        self._inspected = inspected
+        return inspected
+
+    def is_open(self, block: int) -> bool:
+        """Whether a block takes another step: rows of it or of a block before are masked, or a rule that edits says so."""
+        masked = self.masked((block + 1) * self._request.schedule.block_length)
+        return bool(masked.any() or (self._transfer.edits and self._goes_on.any()))
+
+    def _candidate_rows(self, end: int) -> NDArray[np.bool_]:
+        """Undecided response rows before row `end` that the rule chooses among [B, R]."""
+        masked = self.masked(end)
+        return masked if self._inspected is None else masked & self._inspected
+
     def find_shadow(self, block: int) -> NDArray[np.bool_] | None:
         """Which rows [B, n] of the block have a shadow that others see: all but given ones. None if the step needs no shadow.
 
@@ -112,6 +143,7 @@ class Decoder:
     def begin(self, block: int) -> NDArray[np.int64]:
         """Masks of each sequence [B] up to the end of a block, which begins now."""
         self._block_masks = self.masked((block + 1) * self._request.schedule.block_length).sum(1)
+        self._goes_on = self._block_masks > 0
         return self._block_masks
 
     def decide(
@@ -122,7 +154,7 @@ class Decoder:
         `shadow` [B, n, D] are the hidden rows of the block's shadow, where `find_shadow` asked for one.
         """
         span = self._span(block)
-        masked = self.masked(span[1])
+        masked = self._candidate_rows(span[1])
         committed = np.zeros(masked.shape, np.bool_)
         draws = self._draws
         if self._upcoming is not None and self._transfer.draws:
@@ -130,15 +162,22 @@ class Decoder:
             draws = [draw[self._upcoming[n, masked[n]]] for n, draw in enumerate(draws)] if draws else None
             masked &= self._upcoming
         rows = [mask.nonzero()[0] for mask in masked]
-        most = max(map(len, rows))
+        decided = [self._decided(sequence, span) for sequence in range(len(rows))]
+        read = rows
+        if self._transfer.edits:
+            # Behind the candidates the head looks at the rows whose tokens may be replaced.
+            editable = (own if on else own[:0] for own, on in zip(decided, self._goes_on, strict=True))
+            read = [np.append(places, own) for places, own in zip(rows, editable, strict=True)]
+            self.edited[:] = False
+        most = max(map(len, read))
         if not most:
             return committed
         index = np.zeros((len(rows), bucket(most, span[1] - span[0])), np.int32)
-        for sequence, places in enumerate(rows):
+        for sequence, places in enumerate(read):
             index[sequence, : len(places)] = self._predictors[sequence, places]
         greedy = self._transfer.is_greedy(block_step, self._request.schedule.steps_per_block)
         temperature = 0.0 if greedy else self._options.temperature
-        candidates = self._evidence(hidden, index, rows, span, block_step, temperature)
+        candidates = self._evidence(hidden, index, read, span, block_step, temperature)
         verified = self._verify(shadow, span) if self._transfer.verifies else None
         last = self._ranked_last
         ranked = self._candidates(hidden, index, self._banned | last) if last else candidates
@@ -155,8 +194,9 @@ class Decoder:
                 ranking_logsumexp=ranked.logsumexp,
                 ranked_last=last,
             )
-            if not len(places):
+            if not len(read[sequence]):
                 continue
+            rivals = self._find_rivals(candidates, sequence, len(places), decided[sequence])
             order = self._orders[sequence] if self._orders else None
             ranking = rank(
                 self._options.remasking,
@@ -167,7 +207,6 @@ class Decoder:
                 tempered=tempered if self._transfer.tempered else None,
                 ranked_last=last,
             )
-            decided = self._decided(sequence, span)
             state = TransferState(
                 quota=int(quota[sequence]),
                 block=span,
@@ -180,15 +219,16 @@ class Decoder:
                 entropy=candidates.entropy[sequence, : len(places)].astype(np.float64),
                 divergence=_moved(candidates.divergence, sequence, len(places), first=block_step == 1),
                 similarity=_moved(candidates.similarity, sequence, len(places), first=block_step == 1),
-                decided=decided,
-                decided_confidence=self.confidence[sequence, decided],
+                decided=decided[sequence],
+                decided_confidence=self.confidence[sequence, decided[sequence]],
                 verified=verified[sequence] if verified else None,
+                rival=rivals.confidence if rivals else None,
                 steps=self._request.schedule.steps_per_block,
                 draw=draws[sequence] if draws else None,
                 logsumexp=candidates.logsumexp[sequence, : len(places)].astype(np.float64),
                 memory=self._memories[sequence],
             )
-            committed[sequence, self._commit(sequence, state, proposal)] = True
+            committed[sequence, self._commit(sequence, state, proposal, rivals)] = True
         return committed | self._fill_after_end() if self._options.early_stop else committed
 
     def _temper(
@@ -201,7 +241,24 @@ class Decoder:
             return None
         return temper(candidates, sequence, count, temperature=temperature, top_p=options.top_p, top_k=options.top_k)
 
-    def _commit(self, sequence: int, state: TransferState, proposal: Proposal) -> NDArray[np.int64]:
+    def _find_rivals(
+        self, candidates: Candidates, sequence: int, masked: int, decided: NDArray[np.int64]
+    ) -> Proposal | None:
+        """The likeliest tokens of the decided rows [m], which the head read behind the masked ones, without those they have.
+
+        The confidence of a row that has its likeliest token is nan.
+        """
+        if not self._transfer.edits:
+            return None
+        places = slice(masked, masked + len(decided))
+        tokens = candidates.top_tokens[sequence, places, 0]
+        confidence = share(candidates, sequence, places.stop, 0)[masked:]
+        confidence[tokens == self.response[sequence, decided]] = np.nan
+        return Proposal(tokens, confidence, np.zeros(len(decided), np.int64))
+
+    def _commit(
+        self, sequence: int, state: TransferState, proposal: Proposal, rivals: Proposal | None
+    ) -> NDArray[np.int64]:
         """Write the rule's choice to the canvas; the rows that it committed."""
         choice = choose_rows(self._transfer, state)
         self._memories[sequence] = choice.memory
@@ -212,6 +269,12 @@ class Decoder:
             again = state.decided[choice.remask]
             self.response[sequence, again] = self._special.mask
             self.confidence[sequence, again] = np.nan
+        if rivals is not None:
+            edited = state.decided[choice.edit]
+            self.response[sequence, edited] = rivals.tokens[choice.edit]
+            self.confidence[sequence, edited] = rivals.confidence[choice.edit]
+            self.edited[sequence, edited] = True
+            self._goes_on[sequence] = choice.goes_on or self.masked(state.block[1])[sequence].any()
         return places
 
     def _span(self, block: int) -> tuple[int, int]:
@@ -243,9 +306,14 @@ class Decoder:
         return rows
 
     def _fill_after_end(self) -> NDArray[np.bool_]:
-        """Every masked row behind an end of text becomes one too, without a confidence; returns which did [B, R]."""
+        """Every masked row behind an end of text becomes one too, without a confidence; returns which did [B, R].
+
+        Where an end may be replaced it counts once its block is finished.
+        """
         ended = np.logical_or.accumulate(np.isin(self.response, list(self._special.ends)), axis=1)
         filled: NDArray[np.bool_] = ended & (self.response == self._special.mask)
+        if self._transfer.edits:
+            filled &= ~self._goes_on[:, None]
         self.response[filled] = self._special.eos
         return filled
 

@@ -45,6 +45,7 @@ class Frame:
     kind: StepKind
     tokens: NDArray[np.int32]  # [B, R] response, mask id where undecided
     committed: NDArray[np.bool_]  # [B, R] decided in this step
+    edited: NDArray[np.bool_]  # [B, R] decided before, and replaced by another token in this step
     confidence: NDArray[np.float64]  # [B, R] of the rows decided so far, nan elsewhere and where an early stop filled
     recomputed: NDArray[np.bool_] | None  # [B, R] rows the last layer recomputed, where asked for
     passes: int
@@ -92,6 +93,7 @@ class Passes:
     block: int = -1
     block_step: int = 0
     masked: NDArray[np.bool_] | None = None  # [B, R] at the start of the last step
+    edited: NDArray[np.bool_] | None = None  # [B, R] whose tokens were replaced since it began, by a rule that edits
     compacted: Compaction | None = None
     """The compaction that was made last."""
     drift: NDArray[np.float64] | None = None  # [B, L] of the last step, where its plan measured it
@@ -121,6 +123,7 @@ class Denoiser:
     _decoder: Decoder = field(init=False)
     _given: NDArray[np.bool_] = field(init=False)
     _upcoming: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step will decide
+    _inspected: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step looks at
     _residual: NDArray[np.bool_] = field(init=False)  # [B, R] rows that the guidance residual was computed for, led
     _clock: Clock = field(init=False, default_factory=Clock)
     _strategies: Clock = field(init=False, default_factory=Clock)
@@ -196,7 +199,7 @@ class Denoiser:
                     return
                 yield self.transfer.quotas(begun, masked, step, steps)
             return
-        while self._decoder.masked(end).any():
+        while self._decoder.is_open(block):
             yield np.ones(self.request.shape.batch, np.int64)
 
     def _step(self, step: int, block: int, block_step: int, quota: NDArray[np.int64]) -> Frame | None:
@@ -205,6 +208,7 @@ class Denoiser:
         idles = self.transfer.idles
         if idles and not self._decoder.foresees and not quota.any():
             return None
+        self._inspected = self._decoder.inspect(block, block_step)
         self._upcoming = self._decoder.foresee(block, block_step, quota)
         if idles and self._upcoming is not None and not self._upcoming.any():
             return None
@@ -216,6 +220,10 @@ class Denoiser:
         engines = self._clock.seconds
         committed = self._strategies.time(lambda: self._decoder.decide(hidden, block, block_step, quota, shadow))
         self._strategies.seconds -= self._clock.seconds - engines  # the head runs in between
+        edited = self._decoder.edited.copy()
+        if self.transfer.edits:
+            for passes in (self._conditional, self._unconditional):
+                passes.edited = edited if passes.edited is None else passes.edited | edited
         recomputed = self.workspace.conditional.recomputed(plan) if self.watch else None
         lead = self.request.shape.lead
         return Frame(
@@ -225,6 +233,7 @@ class Denoiser:
             kind=plan.kind,
             tokens=self._decoder.response.copy(),
             committed=committed,
+            edited=edited,
             confidence=self._decoder.confidence.copy(),
             recomputed=None if recomputed is None else recomputed[:, lead:],
             passes=self._passes,
@@ -235,10 +244,10 @@ class Denoiser:
 
     @property
     def _most_steps(self) -> int:
-        """Steps of the schedule; a rule that keeps none takes at most one for each of its tokens."""
+        """Steps of the schedule; a rule that keeps none takes at most one for each of its tokens, and what it adds."""
         schedule = self.request.schedule
         extra = schedule.blocks * self.transfer.extra_steps
-        return schedule.steps + extra if self.transfer.keeps_schedule else schedule.gen_length
+        return extra + (schedule.steps if self.transfer.keeps_schedule else schedule.gen_length)
 
     # -- run
     def _forward(self, step: int, block: int) -> StepPlan:
@@ -284,6 +293,7 @@ class Denoiser:
         passes.advance(block)
         state, plan = self._strategies.time(lambda: self._plan(passes))
         passes.masked, passes.compacted = state.masked, plan.compaction or passes.compacted
+        passes.edited = None
         if passes.sharing is not None and plan.join is not None:
             self._clock.time(passes.sharing.load())
         self._clock.time(trunk.prepare(plan, canvas))
@@ -302,8 +312,11 @@ class Denoiser:
         request, length, lead = self.request.shape, self.request.schedule.block_length, self.request.shape.lead
         masked = self._led(self._decoder.masked(request.response_rows))
         before = masked if passes.masked is None else passes.masked
+        if passes.edited is not None:
+            before = before | self._led(passes.edited)
         upcoming = None if self._upcoming is None else self._led(self._upcoming)
-        for array in (masked, before, passes.drift, upcoming):
+        inspected = None if self._inspected is None else self._led(self._inspected)
+        for array in (masked, before, passes.drift, upcoming, inspected):
             if array is not None:
                 array.setflags(write=False)
         start = request.prompt_rows + passes.block * length
@@ -322,6 +335,7 @@ class Denoiser:
             drift=passes.drift,
             indicator_rank=self.shape.indicator_rank,
             upcoming=upcoming,
+            inspected=inspected,
             prefix=passes.sharing.look() if passes.sharing is not None else None,
         )
 

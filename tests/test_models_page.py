@@ -38,6 +38,7 @@ ENGINES = "exporter/test_engines.py::test_every_graph_has_an_engine_that_the_man
 DIT_ENGINES = "exporter/test_dit.py::test_tensorrt_builds_every_graph"
 FOLDED = "exporter/test_dit.py::test_folded_layers_equal_the_published_formula_in_double_precision[0.0]"
 MOE = "exporter/test_expert_models.py::"
+EDITED = "exporter/test_token_editing.py::test_a_generation_is_the_loop_token_for_token_and_pass_for_pass"
 MOE_ENGINES = (
     "exporter/test_expert_plans.py::test_a_graph_with_experts_builds_for_both_kinds_of_gpu[layer_full-float16]"
 )
@@ -109,6 +110,7 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
         "policies": (
             f"{V2}test_kept_blocks_are_exact_for_a_model_that_predicts_the_next_token_with_every_rule[sub-blocks]",
+            f"{V2}test_a_generation_of_fast_dllm_v2_with_its_dual_cache_is_the_published_loop_token_for_token[8-4-0.9]",
         ),
     },
     "llada-moe": {
@@ -116,7 +118,10 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "generation": (f"{MOE}test_providers_generate_the_same_tokens[all experts-none]",),
         "policies": (f"{MOE}test_a_cache_that_refreshes_everything_generates_what_no_cache_does",),
     },
-    "llada2": mixture_by_blocks("llada2"),
+    "llada2": {
+        **mixture_by_blocks("llada2"),
+        "generation": (f"{EDITED}[whatever is likelier]", f"{EDITED}[reviews until nothing is edited]"),
+    },
     "sdar-moe": mixture_by_blocks("sdar-moe", "test_logits_are_those_of_qwen3_moe_by_blocks"),
     "mdlm": {
         "logits": (FOLDED,),

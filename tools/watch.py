@@ -184,7 +184,7 @@ class Watch:
     def show(self, frame: Frame) -> None:
         """Draw the frame, unless it follows the one before too closely; what it decided then shows in the next."""
         self._seconds += frame.seconds
-        new = frame.committed[0]
+        new = frame.committed[0] | frame.edited[0]
         self._committed = new if self._committed is None else self._committed | new
         if not self._is_due(frame):
             return

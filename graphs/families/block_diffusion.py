@@ -87,5 +87,5 @@ FAST_DLLM_V2 = HuggingFaceLayout(
         confirm=has_block_length,
     ),
     sizes=("1.54 B", "7.62 B"),
-    limits="its cache of parts within a block is not here: a step runs the whole block",
+    limits="its cache within a block is a flag: `--policy block --sub-block-cache 8`",
 )

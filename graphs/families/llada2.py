@@ -6,10 +6,21 @@ It attends by blocks, whose length the configuration may leave out.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.expert_keys import Settings, read_counts, refuse_settings
-from dllm_export.graphs.families.family import MLP_SLOTS, Family, Marks, SamplerDefaults, TensorNames, read, read_size
+from dllm_export.graphs.families.family import (
+    MLP_SLOTS,
+    Family,
+    Marks,
+    ModelConfig,
+    SamplerDefaults,
+    Source,
+    TensorNames,
+    read,
+    read_size,
+)
 from dllm_export.graphs.families.huggingface import EXPERT, HuggingFaceLayout
 from dllm_export.graphs.families.special_tokens import ReleasedTokens
 from dllm_export.graphs.shape import Experts
@@ -77,17 +88,29 @@ LAYOUT = HuggingFaceLayout(
     block=32,
     rotates_in_part=True,
 )
+EDITING = "llada21_moe"
+"""Model type of checkpoints that say they are LLaDA2.1, which was trained to replace decided tokens."""
+
+
+def read_config(source: Source) -> ModelConfig:
+    """config.json -> ModelConfig. A 2.1 that calls itself a LLaDA2 like the others gets their rule."""
+    config = LAYOUT.read_config(source)
+    if source.model_type != EDITING:
+        return config
+    return replace(config, sampler=replace(config.sampler, transfer="token-editing"))
+
+
 LLADA2 = Family(
     name="llada2",
     title="LLaDA2.0/2.1 mini and flash",
     marks=Marks(
         architectures=("LLaDA2MoeModelLM", "LLaDA2Moe*"),
-        model_types=("llada2_moe", "llada21_moe", "llada2_moe_veomni"),
+        model_types=("llada2_moe", EDITING, "llada2_moe_veomni"),
     ),
-    read_config=LAYOUT.read_config,
+    read_config=read_config,
     sizes=("16.26 B", "102.89 B"),
     layout="LLaDA2",
     sampler=LAYOUT.sampler,
     by_blocks=True,
-    limits="no token editing (2.1, 2.2): decided tokens stay",
+    limits="a 2.1 whose config.json is not of type llada21_moe needs `--transfer token-editing`; not 2.2, which also inserts",
 )

@@ -28,6 +28,6 @@ class DkvDecode:
     def plan(self, state: StepState) -> StepPlan:
         if state.block_step == 2 or state.is_refresh(self.refresh_interval):
             return StepPlan.refresh(state, keep_delta=False)
-        chosen = state.masked_before | state.masked
+        chosen = state.masked_before | state.masked | state.candidates
         chosen = chosen | state.predicting(chosen)
         return StepPlan.recompute(state, Rows.padded(chosen, state.prompt_rows, self.bucket))

@@ -63,12 +63,16 @@ class StepState:
     shift: bool = False
     """Whether a row's logits are those of the next token, so that the row before a masked one must be fresh."""
     masked: NDArray[np.bool_]  # [B, R] response rows that are undecided now
-    masked_before: NDArray[np.bool_]  # [B, R] those that were at the start of the last step; `masked` in the first
+    masked_before: NDArray[np.bool_]  # [B, R]
+    """Those that were at the start of the last step, and those whose token it replaced by another; `masked` in the first."""
     compacted: Compaction | None = None
     """The compaction that was made last, of this pass."""
     upcoming: NDArray[np.bool_] | None = None  # [B, R]
     """The rows that this step will decide, where that is known before it runs: with --remasking random and the rule
     `quota`. A policy that cannot do without it has a class variable `needs_upcoming = True`."""
+    inspected: NDArray[np.bool_] | None = None  # [B, R]
+    """The rows whose predictions this step looks at, where they are not all that are masked so far: fewer under a rule that
+    goes by parts of the block, decided ones too under a rule that edits."""
     drift: NDArray[np.float64] | None = None
     """[B, L] mean drift of the response rows in every layer in the last step, if its plan measured it."""
     indicator_rank: int = 0
@@ -98,9 +102,12 @@ class StepState:
 
     @property
     def candidates(self) -> NDArray[np.bool_]:
-        """The rows [B, R] that this step may decide: those it will, where that is known, else all masked ones so far."""
+        """The rows [B, R] that this step may decide: those it will, where that is known, those that it looks at, or all
+        masked ones so far."""
         if self.upcoming is not None:
             return self.upcoming
+        if self.inspected is not None:
+            return self.inspected
         before_end = np.arange(self.response_rows) < self.block[1] - self.prompt_rows
         return self.masked & before_end
 

@@ -20,6 +20,7 @@ from dllm_export.runtime.transfers.sedd import Sedd
 from dllm_export.runtime.transfers.slow_fast import SlowFast
 from dllm_export.runtime.transfers.sub_blocks import SubBlocks
 from dllm_export.runtime.transfers.threshold import Threshold
+from dllm_export.runtime.transfers.token_editing import TokenEditing
 from dllm_export.runtime.transfers.transfer import Choice, Transfer, TransferState
 from dllm_export.runtime.transfers.wino import Wino
 
@@ -28,6 +29,7 @@ ALL: tuple[type[Transfer], ...] = (
     Threshold,
     Dynamic,
     SubBlocks,
+    TokenEditing,
     Factor,
     EntropyBound,
     Hierarchy,
@@ -65,6 +67,7 @@ __all__ = [
     "SlowFast",
     "SubBlocks",
     "Threshold",
+    "TokenEditing",
     "Transfer",
     "TransferState",
     "Wino",

@@ -36,7 +36,6 @@ class Sedd(Transfer):
     keeps_schedule: ClassVar[bool] = True
     sees_noise: ClassVar[bool] = True
     head: ClassVar[HeadGraph] = "head_drawn"
-    extra_steps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
@@ -47,6 +46,11 @@ class Sedd(Transfer):
     def draws(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def extra_steps(self) -> int:
+        """The one after the last."""
+        return 1
 
     def quotas(self, begun: NDArray[np.int64], masked: NDArray[np.int64], step: int, steps: int) -> NDArray[np.int64]:
         """Nothing is due before the step after the last."""

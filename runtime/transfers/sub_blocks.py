@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import option
@@ -23,6 +24,7 @@ class SubBlocks(Transfer):
     threshold: float = option(0.9, "tau: least confidence of a row that is committed")
     sub_block: int = option(8, "rows of a part of the block; parts are decided from left to right")
     name: ClassVar[str] = "sub-blocks"
+    narrows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -30,10 +32,13 @@ class SubBlocks(Transfer):
         if self.sub_block < 1:
             raise UsageError(f"--sub-block is {self.sub_block}, expected at least 1")
 
+    def narrow(self, rows: NDArray[np.int64], block: tuple[int, int], block_step: int) -> NDArray[np.int64]:
+        """The masked rows of the leftmost part; in the first step the block's first row."""
+        if block_step == 1 and rows[0] == block[0]:
+            return np.zeros(1, np.int64)
+        parts = (rows - block[0]) // self.sub_block
+        return np.flatnonzero(parts == parts[0])
+
     def choose(self, state: TransferState) -> Choice:
-        if state.block_step == 1 and state.rows[0] == state.block[0]:
-            return Choice(np.zeros(1, np.int64))
-        parts = (state.rows - state.block[0]) // self.sub_block
-        inside = np.flatnonzero(parts == parts[0])
-        sure = int(np.count_nonzero(state.confidence[inside] > self.threshold))
-        return Choice(inside[best_first(state.confidence[inside])][: max(1, sure)])
+        sure = int(np.count_nonzero(state.confidence > self.threshold))
+        return Choice(best_first(state.confidence)[: max(1, sure)])

@@ -15,8 +15,9 @@ from dllm_export.runtime.schedule import commit_counts
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TransferState:
-    """What a rule may look at: one sequence's block, its n >= 1 masked rows and its m decided ones, left to right.
+    """What a rule may look at: one sequence's block, n of its masked rows and its m decided ones, left to right.
 
+    The n are all of the block, at least one; of a rule that `narrows` those it asked for; of one that `edits` maybe none.
     Rows are places in the response. Probabilities are those of the noise-free distribution after bans and guidance.
     """
 
@@ -42,6 +43,9 @@ class TransferState:
     verified: NDArray[np.float64] | None = None
     """[m] Probability that each decided row's token has in the row's shadow, which sees all but the row (docs/policies.md);
     for rules that ask for it with `verifies`."""
+    rival: NDArray[np.float64] | None = None
+    """[m] Probability of the likeliest token of each decided row where it is another than the row's own, else nan; for rules
+    that ask for it with `edits`."""
     steps: int = 1
     """Steps of the block's schedule."""
     draw: NDArray[np.float64] | None = None
@@ -56,11 +60,15 @@ class Choice:
     """What a rule makes of a state."""
 
     commit: NDArray[np.int64]
-    """Indices into the candidates: the schedule's number of rows or more under `keeps_schedule`, else at least one."""
+    """Indices into the candidates: the schedule's number of rows or more under `keeps_schedule`, else at least one of any."""
     remask: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Indices into the decided rows: those to mask again. After k steps a block has k masks fewer at least."""
     memory: Any = None
     """Comes back as `memory` in the next state of this sequence."""
+    edit: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Indices into the decided rows: those that get their likeliest token in place of their own."""
+    goes_on: bool = False
+    """Whether this sequence's block takes another step though nothing is masked in it, of a rule that `edits`."""
 
 
 class Transfer(Protocol):
@@ -75,6 +83,11 @@ class Transfer(Protocol):
     """Whether the rule may mask decided rows again."""
     tempered: ClassVar[bool] = False
     """Whether `ranking` is of the distribution that tokens are drawn from: after temperature, top-p and top-k."""
+    edits: ClassVar[bool] = False
+    """Whether the rule may replace decided tokens: the head then also runs on the block's decided rows, and a block ends when
+    nothing is masked and the rule says so."""
+    narrows: ClassVar[bool] = False
+    """Whether `narrow` says before a step runs which masked rows are candidates; for rules that do not mask rows again."""
     verifies: ClassVar[bool] = False
     """Whether the rule looks at `verified`: a step with decided rows in its block then also runs the block's shadow."""
     reveals: ClassVar[bool] = False
@@ -84,8 +97,6 @@ class Transfer(Protocol):
 
     sees_noise: ClassVar[bool] = False
     """Whether the rule is for models that are shown the noise level of a step, and states it."""
-    extra_steps: ClassVar[int] = 0
-    """Steps of a block beyond those of its schedule."""
 
     head: ClassVar[HeadGraph] = "head"
     """Which head graph gives the statistics. One that keeps a state runs on every row of the block; `head_drawn` draws tokens
@@ -95,6 +106,15 @@ class Transfer(Protocol):
     def draws(self) -> bool:
         """Whether the rule looks at `draw`."""
         return False
+
+    @property
+    def extra_steps(self) -> int:
+        """Steps of a block beyond those of its schedule, or of a rule that `edits` beyond its masks."""
+        return 0
+
+    def narrow(self, rows: NDArray[np.int64], block: tuple[int, int], block_step: int) -> NDArray[np.int64]:
+        """Of a rule that `narrows`: the indices of the masked rows [n] of a block that a step chooses among, at least one."""
+        return np.arange(len(rows))
 
     def quotas(self, begun: NDArray[np.int64], masked: NDArray[np.int64], step: int, steps: int) -> NDArray[np.int64]:
         """Rows that a step of a block's schedule commits in each sequence [B], by its masks at the block's begin and now."""

@@ -118,13 +118,18 @@ def write_published(directory: Path, family: str, shard_size: str = "5GB") -> Pa
     return directory
 
 
-def open_published(directory: Path, family: str) -> Callable[[Array], Array]:
-    """Logits [B, T, V] by transformers, every row seeing every other, or its block and those before."""
+def open_network(directory: Path, family: str) -> Any:
+    """The checkpoint in its class of transformers, in double precision."""
     base = MODELS[family].base
     config = getattr(transformers, f"{base}Config").from_dict(json.loads((directory / "config.json").read_text()))
-    network = getattr(transformers, f"{base}ForCausalLM").from_pretrained(
+    return getattr(transformers, f"{base}ForCausalLM").from_pretrained(
         directory, config=config, dtype=torch.float64, attn_implementation="eager"
     )
+
+
+def open_published(directory: Path, family: str) -> Callable[[Array], Array]:
+    """Logits [B, T, V] by transformers, every row seeing every other, or its block and those before."""
+    network = open_network(directory, family)
 
     def forward(tokens: Array) -> Array:
         batch, length = tokens.shape
@@ -393,6 +398,101 @@ def test_a_generation_of_fast_dllm_v2_is_the_published_loop_token_for_token(
                 assert (list(alone.tokens), alone.passes) == (tokens, passes), (provider, policy.name)
             together = model.run(model.continuation(PROMPTS, options), options, policy, rule)
         assert [list(result.tokens) for result in together] == [tokens for tokens, _ in plain], (provider, policy.name)
+
+
+@dataclass
+class PlainDualCache:
+    """Fast-dLLM v2's loop with keys and values kept within the block, as its code keeps them, on transformers' own cache.
+
+    A finished block is run once more and kept for good. Within a block a pass runs a part alone, against the others as they
+    were when they were last run, unless the part's first token is masked or nothing of the block was run yet.
+    """
+
+    network: Any
+    passes: int = 0
+    narrow: int = 0
+    """Passes that ran a part alone."""
+
+    def run(self, tokens: Array, first: int, kept: list[tuple[Any, Any]]) -> tuple[Array, list[tuple[Any, Any]]]:
+        """Logits [n, V] of tokens at `first` and after, which see all of each other and of what is kept; their keys, values."""
+        cache, rows = transformers.DynamicCache(), len(tokens)
+        for layer, (key, value) in enumerate(kept):
+            cache.update(key, value, layer)
+        before = kept[0][0].shape[2] if kept else 0
+        with torch.no_grad():
+            logits = self.network(
+                torch.from_numpy(tokens)[None], position_ids=torch.arange(first, first + rows)[None], cache=cache,
+                attention_mask=torch.zeros(1, 1, rows, before + rows).double(), use_cache=True,
+            ).logits[0].numpy()  # fmt: skip
+        logits[:, MASK] = -np.inf
+        made = [(layer.keys[:, :, before:], layer.values[:, :, before:]) for layer in cache.layers]
+        return logits, made
+
+    def decode(self, prompt: list[int], length: int, block: int, part: int, threshold: float) -> list[int]:
+        total, finished = -(-(len(prompt) + length) // block) * block, list[tuple[Any, Any]]()
+        canvas, logits = np.array([*prompt, *[MASK] * (total - len(prompt))]), np.zeros((0, 0))
+        for start in range(0, total, block):
+            span = canvas[start : start + block]  # a view
+            if span[0] == MASK:
+                span[0], self.passes = logits[-1].argmax(), self.passes + 1
+            own = list[tuple[Any, Any]]()
+            for first in range(0, block, part):
+                end = min(first + part, block)
+                while (span[first:end] == MASK).any():
+                    self.passes += 1
+                    if not own or span[first] == MASK:
+                        logits, own = self.run(span, start, finished)
+                        logits = logits[max(first - 1, 0) : end - 1]
+                        rows = np.arange(max(first, 1), end)
+                    else:
+                        self.narrow += 1
+                        others = [tuple(join(x[:, :, :first], x[:, :, end:]) for x in layer) for layer in own]
+                        seen = join_layers(finished, others)
+                        logits, made = self.run(span[first:end], start + first, seen)
+                        own = [
+                            tuple(join(old[:, :, :first], new, old[:, :, end:]) for old, new in zip(*pair, strict=True))
+                            for pair in zip(own, made, strict=True)
+                        ]
+                        logits, rows = logits[:-1], np.arange(first + 1, end)
+                    chances = np.exp(logits - logits.max(-1, keepdims=True))
+                    sure = np.where(span[rows] == MASK, chances.max(-1) / chances.sum(-1), -1)
+                    chosen = (sure > threshold) | (np.arange(len(sure)) == sure.argmax())
+                    span[rows[chosen]] = logits[chosen].argmax(-1)
+            logits, made = self.run(span, start, finished)
+            finished = join_layers(finished, made)
+        return [int(token) for token in canvas[len(prompt) : len(prompt) + length]]
+
+
+def join(*parts: Any) -> Any:
+    return torch.cat(parts, dim=2)
+
+
+def join_layers(before: list[tuple[Any, Any]], after: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    pairs = zip(before, after, strict=True)
+    return [(join(a[0], b[0]), join(a[1], b[1])) for a, b in pairs] if before else after
+
+
+@pytest.mark.parametrize(("block", "part", "threshold"), [(8, 4, 0.9), (8, 3, 0.3), (4, 2, 0.9)])
+def test_a_generation_of_fast_dllm_v2_with_its_dual_cache_is_the_published_loop_token_for_token(
+    block: int, part: int, threshold: float, published: dict[str, Path], bundles: dict[str, Bundle]
+) -> None:
+    network, bundle, length = open_network(published["fast-dllm-v2"], "fast-dllm-v2"), bundles["fast-dllm-v2"], 22
+    loops = [PlainDualCache(network) for _ in PROMPTS]
+    expected = [
+        loop.decode(prompt, length, block, part, threshold) for loop, prompt in zip(loops, PROMPTS, strict=True)
+    ]
+    assert sum(loop.narrow for loop in loops) > 9
+    rule = SubBlocks(threshold=threshold, sub_block=part)
+    options, policy = GenerationOptions(gen_length=length, block_length=block), BlockCache(sub_block_cache=part)
+    for provider in ("torch", "onnxruntime"):
+        with open_model(bundle, provider) as model:
+            for prompt, tokens, loop in zip(PROMPTS, expected, loops, strict=True):
+                (alone,) = model.run(model.continuation([prompt], options), options, policy, rule)
+                assert (list(alone.tokens), alone.passes) == (tokens, loop.passes), provider
+            together = model.run(model.continuation(PROMPTS, options), options, policy, rule)
+            fresh = model.run(model.continuation(PROMPTS, options), options, BlockCache(), rule)
+        assert [list(result.tokens) for result in together] == expected, provider
+        assert [list(result.tokens) for result in fresh] != expected, "what is kept within a block is never stale"
 
 
 @pytest.mark.parametrize("rule", [Quota(), Dynamic(threshold=0.3), SubBlocks(sub_block=2)], ids=lambda rule: rule.name)

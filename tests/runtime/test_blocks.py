@@ -33,7 +33,7 @@ from dllm_export.runtime.policies import (
 from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.session import SessionOptions
 from dllm_export.runtime.sessions.torch import TorchSession
-from dllm_export.runtime.transfers import Dynamic, Quota, Threshold, Transfer, Wino
+from dllm_export.runtime.transfers import Dynamic, Quota, SubBlocks, Threshold, TokenEditing, Transfer, Wino
 from dllm_export.tools import cli
 
 BLOCK, MASK, EOS = 4, 96, 95
@@ -141,7 +141,14 @@ def test_a_pass_that_missed_blocks_runs_all_that_changed_since() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Quota(), Dynamic(threshold=0.03), Threshold(threshold=0.03)], ids=lambda rule: rule.name
+    "rule",
+    [
+        Quota(),
+        Dynamic(threshold=0.03),
+        Threshold(threshold=0.03),
+        TokenEditing(threshold=0.03, editing_threshold=0.03, max_post_steps=1),
+    ],
+    ids=lambda rule: rule.name,
 )
 @pytest.mark.parametrize(
     "changes",
@@ -179,6 +186,24 @@ def test_dynamic_ends_a_block_with_its_last_mask_and_keeps_to_its_steps(lm: Diff
         frames = list(lm.stream(lm.continuation(PROMPTS, options), options, BlockCache(), Dynamic(threshold=threshold)))
         assert least <= len(frames) <= most
         assert not (frames[-1].tokens == MASK).any()
+
+
+def test_a_part_of_a_block_runs_alone_where_the_rule_looks_at_no_other(lm: DiffusionLM) -> None:
+    policy, rule = Recorded(BlockCache(sub_block_cache=4)), SubBlocks(threshold=1.0, sub_block=4)
+    options = replace(OPTIONS, gen_length=8, block_length=8)
+    (result,) = lm.run(lm.continuation([PROMPTS[0]], options), options, policy, rule)
+    spans = [(plan.rows.positions[0][0], plan.rows.positions[0][-1] + 1) for _, plan in policy.plans if plan.rows]
+    assert spans[:2] == [(0, 8), (4, 8)], "the prompt has the first part, and a row of the next is decided first"
+    assert spans[2:4] == [(0, 16), (8, 16)], "the first row is decided, and the rest has not seen it"
+    assert (spans[4], spans.count((8, 12)) + spans.count((12, 16)) > 3) == ((8, 12), True)
+    assert (result.passes, MASK in result.tokens) == (2 + 8, False)
+
+
+def test_parts_that_no_rule_asks_for_change_nothing(lm: DiffusionLM) -> None:
+    for rule in (Quota(), Threshold(threshold=0.03)):
+        assert run(lm, BlockCache(sub_block_cache=2), rule) == run(lm, BlockCache(), rule)
+    with pytest.raises(UsageError, match="--sub-block-cache is -1, expected at least 0"):
+        BlockCache(sub_block_cache=-1)
 
 
 # -- what is refused

@@ -33,6 +33,7 @@ STATE = TransferState(
     entropy=np.ones(4),
     decided=np.array([8, 10, 11, 14]),
     decided_confidence=np.array([0.3, 0.9, 0.5, 0.2]),
+    rival=np.array([np.nan, 0.7, np.nan, 0.1]),
 )
 
 
@@ -55,6 +56,25 @@ class Remasking(Given):
     remasks = True
 
 
+class Editing(Given):
+    edits = True
+
+
+class RemaskingEditing(Given):
+    remasks, edits = True, True
+
+
+class ScheduledEditing(Given):
+    keeps_schedule, edits = True, True
+
+
+class Narrowing(Given):
+    narrows = True
+
+    def narrow(self, rows: np.ndarray, block: tuple[int, int], block_step: int) -> np.ndarray:
+        return np.array(self.choice, np.int64)
+
+
 class Headless(Given):
     head = "heads"  # type: ignore[assignment]
 
@@ -65,6 +85,10 @@ class ScheduledRemasking(Given):
 
 def pick(*commit: int, remask: tuple[int, ...] = ()) -> Choice:
     return Choice(np.array(commit, np.int64), np.array(remask, np.int64))
+
+
+def edit(*rows: int, **others: Any) -> Choice:
+    return replace(pick(0), edit=np.array(rows, np.int64), **others)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +111,16 @@ def pick(*commit: int, remask: tuple[int, ...] = ()) -> Choice:
         (Remasking(pick(0, 1, remask=(0, 2))), "leaves 4 rows masked, expected at most 5"),
         (Remasking(pick(0, 1, remask=(4,))), "its remasks reach from 4 to 4, expected indices into the 4 decided rows"),
         (Remasking(pick(0, remask=(1, 1))), "its remasks name a row twice"),
+        (Editing(edit(1, 3, goes_on=True)), None),
+        (Editing(edit(4)), "its edits reach from 4 to 4, expected indices into the 4 decided rows"),
+        (Editing(edit(0)), "it replaces a token that is the likeliest one of its row"),
+        (
+            Given(edit(1)),
+            "replaces decided tokens or goes on without masks, which takes 'edits = True' and no schedule",
+        ),
+        (Given(edit(goes_on=True)), "which takes 'edits = True'"),
+        (ScheduledEditing(replace(pick(0, 1), goes_on=True)), "and no schedule"),
+        (RemaskingEditing(edit(1, remask=np.array([1]))), "it replaces a token in a row that it masks again"),
     ],
 )
 def test_a_choice_is_checked_against_its_state(rule: Transfer, fault: str | None) -> None:
@@ -97,6 +131,14 @@ def test_a_choice_is_checked_against_its_state(rule: Transfer, fault: str | None
         fault = "leaves 4 rows masked, expected at most 3"
     assert (found is None) == (fault is None)
     assert re.search(fault or "", found or "")
+
+
+def test_a_block_that_would_never_end_is_a_fault() -> None:
+    review = replace(STATE, rows=STATE.rows[:0], block_step=8)
+    on = Choice(np.zeros(0, np.int64), edit=np.array([1]), goes_on=True)
+    assert find_fault(Editing(on), on, replace(review, block_step=7)) is None
+    fault = find_fault(Editing(on), on, review)
+    assert fault == "it goes on after 8 steps, expected to end after 8: its masks and 'extra_steps'"
 
 
 class Failing(Transfer):
@@ -125,6 +167,8 @@ class Writing(Transfer):
         ),
         (Writing(), "the decoding rule 'writing' failed .* read-only"),
         (Headless(pick(0)), "the decoding rule 'given' asks for the head 'heads', expected one of: head, head_tracked"),
+        (Narrowing([]), "made a wrong choice in step 1 of a block: it narrows the 8 masked rows of a block to none"),
+        (Narrowing([9]), "its candidates reach from 9 to 9, expected indices into the 8 masked rows"),
         (Given(pick(99)), "the decoding rule 'given' made a wrong choice in step 1 of a block: its commits reach"),
     ],
     ids=lambda value: getattr(value, "name", None),

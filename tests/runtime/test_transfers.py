@@ -25,6 +25,7 @@ from dllm_export.runtime.transfers import (
     Quota,
     SubBlocks,
     Threshold,
+    TokenEditing,
     Transfer,
     TransferState,
 )
@@ -59,6 +60,7 @@ def states(draw: st.DrawFn) -> TransferState:
         entropy=some(st.integers(0, 8).map(lambda n: n / 16)),
         decided=np.zeros(0, np.int64),
         decided_confidence=np.zeros(0),
+        rival=np.zeros(0),
         divergence=np.full(count, np.nan),
         similarity=np.full(count, np.nan),
     )
@@ -96,7 +98,10 @@ def test_sub_blocks_go_from_left_to_right_behind_a_first_row(
     state: TransferState, tau: float, size: int, step: int
 ) -> None:
     state = replace(state, block_step=step, block=(int(state.rows[0]) - (step == 2), state.block[1]))
-    chosen = SubBlocks(threshold=tau, sub_block=size).choose(state).commit.tolist()
+    rule = SubBlocks(threshold=tau, sub_block=size)
+    kept = rule.narrow(state.rows, state.block, step)
+    seen = replace(state, rows=state.rows[kept], confidence=state.confidence[kept])
+    chosen = kept[rule.choose(seen).commit].tolist()
     if step == 1:
         assert chosen == [0]
         return
@@ -105,6 +110,27 @@ def test_sub_blocks_go_from_left_to_right_behind_a_first_row(
     order = [place for place in by_value(state.confidence) if place in left]
     expected = {place for place in order if state.confidence[place] > tau} | {order[0]}
     assert (set(chosen), len(chosen)) == (expected, len(expected))
+
+
+@given(states(), PROBABILITY, PROBABILITY, st.integers(0, 3), st.integers(0, 3), st.data())
+def test_token_editing_replaces_what_is_surely_another_token_and_ends_with_a_review(
+    state: TransferState, tau: float, edit_above: float, most: int, reviews: int, data: st.DataObject
+) -> None:
+    rivals = data.draw(st.lists(st.one_of(PROBABILITY, st.just(float("nan"))), max_size=6))
+    if data.draw(st.booleans()):  # a review
+        nothing = np.zeros(0)
+        state = replace(state, rows=nothing.astype(np.int64), confidence=nothing)
+    state = replace(state, block_step=5, memory=reviews, rival=np.array(rivals))
+    choice = TokenEditing(threshold=tau, editing_threshold=edit_above, max_post_steps=most).choose(state)
+    order = by_value(state.confidence)
+    above = [place for place in order if state.confidence[place] > tau]
+    assert choice.commit.tolist() == (above or order[:1])
+    edited = [place for place, rival in enumerate(rivals) if rival > edit_above]
+    assert choice.edit.tolist() == edited
+    if len(state.rows):
+        assert (choice.memory, choice.goes_on) == (reviews, most > reviews)
+    else:
+        assert (choice.memory, choice.goes_on) == (reviews + 1, bool(edited) and most > reviews + 1)
 
 
 @given(states(), st.integers(0, 2**32))
@@ -172,6 +198,9 @@ def test_every_rule_is_pure_and_commits_at_least_one_and_each_row_once(state: Tr
         (lambda: Dynamic(threshold=2), "--threshold is 2"),
         (lambda: SubBlocks(threshold=-1), "--threshold is -1"),
         (lambda: SubBlocks(sub_block=0), "--sub-block is 0"),
+        (lambda: TokenEditing(threshold=-1), "--threshold is -1"),
+        (lambda: TokenEditing(editing_threshold=2), "--editing-threshold is 2"),
+        (lambda: TokenEditing(max_post_steps=-1), "--max-post-steps is -1"),
         (lambda: Factor(factor=0), "--factor is 0"),
         (lambda: EntropyBound(gamma=-1), "--gamma is -1"),
         (lambda: EntropyBound(gamma=float("nan")), "--gamma is nan"),

@@ -308,6 +308,7 @@ SLOW = "--gen-length 24 --transfer slow-fast --threshold 0.2 --span-confidence 0
 CREDIT = "--transfer credit --threshold 0.2"
 WINO = "--transfer wino --accept-least 2 --verify-threshold 0"
 BOLD = f"{WINO} --accept-threshold 0 --accept-share 0.4"
+EDIT = "--transfer token-editing --threshold 0 --editing-threshold"
 DYNAMIC = "--policy dynamic-dllm --layer-budget 2 --window 2 --bucket 1"
 SPA = "--policy spa --peak-ratio 0.5"
 EFFECTS = {
@@ -349,6 +350,8 @@ EFFECTS = {
     "--transfer": ("", "--transfer hierarchy", "passes"),
     "--threshold": ("--transfer threshold", "--transfer threshold --threshold 0.05", "passes"),
     "--sub-block": ("--transfer sub-blocks", "--transfer sub-blocks --sub-block 2 --threshold 0", "passes"),
+    "--editing-threshold": (f"{EDIT} 1", f"{EDIT} 0", "tokens"),
+    "--max-post-steps": (f"{EDIT} 0", f"{EDIT} 0 --max-post-steps 1", "passes"),
     "--factor": ("--transfer factor", "--transfer factor --factor 20", "passes"),
     "--gamma": ("--transfer entropy-bound", "--transfer entropy-bound --gamma 50", "passes"),
     "--low": ("--transfer hierarchy", "--transfer hierarchy --low 0.01 --high 0.9", "passes"),
@@ -374,6 +377,7 @@ EFFECTS = {
 TESTED_APART = {
     *("--prompt", "--prompt-file", "--prompt-ids", "--infill", "--chat"),
     *("--base", "--prefix-file", "--prefix-depth", "--prefix-profile", "--prefix-budget"),  # test_prefix_flags.py
+    "--sub-block-cache",  # of models that attend by blocks: runtime/test_blocks.py
     "--predictor",  # of models that see the noise level: runtime/test_time_families.py
     *("--watch", "--report", "--json", "--debug", "--device", "--captures", "--compile"),
 }

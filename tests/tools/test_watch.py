@@ -54,6 +54,7 @@ def make_frame(
         kind="refresh_response",
         tokens=tokens,
         committed=new,
+        edited=np.zeros_like(new),
         confidence=np.where(tokens == MASK, np.nan, 0.5),
         recomputed=fresh,
         passes=step,
