@@ -60,6 +60,8 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "condition": np.random.default_rng(8).standard_normal((BATCH, shape.conditioning)),
         "time": np.cos(np.linspace(0, 3, TIME_WIDTH) * np.array([[1.0], [2.0]])),
         "sharpness": np.array([1.0]),
+        "present": np.random.default_rng(10).integers(0, shape.vocab, (BATCH, BUDGET)).astype(np.int32),
+        "moves": np.array([0.02, 0.0004, 0.9, 0.02]),
         "uniform": np.random.default_rng(9).integers(0, 2**23, (BATCH, BUDGET, 2)) / 2**23,
     }
     feeds = {}

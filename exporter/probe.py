@@ -37,7 +37,8 @@ class Probe:
         self._config = config
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, config.shape.vocab, ROWS)
-        tokens[ROWS // 2 :] = config.tokens.mask
+        if not config.shape.uniform_noise:
+            tokens[ROWS // 2 :] = config.tokens.mask
         self._tokens = torch.from_numpy(tokens)
         blocks = torch.arange(ROWS) // (config.shape.block or ROWS)
         self._visible = blocks[None, :] <= blocks[:, None]

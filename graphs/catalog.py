@@ -51,8 +51,8 @@ class GraphSpec:
         return next(spec for spec in (*self.inputs, *self.weights, *self.outputs) if spec.name == name)
 
 
-HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn"]
-"""What a decoding rule may take its statistics from; all take the guidance residual, times 0 where guidance is off."""
+HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn", "head_moved"]
+"""What a decoding rule may take its statistics from; all but `head_moved` take the guidance residual, times 0 without guidance."""
 
 NORM1 = ("norm1", "norm1_bias", "norm1_modulation", "norm1_modulation_bias")
 PROJECTIONS = (*NORM1, "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
@@ -370,6 +370,19 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
         TensorSpec("top_logits", "float32", ("B", "Q", top)),
         per_row("logsumexp"),
     )
+    drawn = (positions("drawn", "Q"), per_row("drawn_logit"))
+    moved = GraphSpec(
+        "head_moved",
+        (
+            *candidates,
+            positions("present", "Q"),
+            TensorSpec("moves", "float32", (4,)),
+            TensorSpec("uniform", "float32", ("B", "Q", 2)),
+        ),
+        classifier,
+        (*statistics, *drawn),
+        partial(heads.head_moved, top=top),
+    )
     width = shape.conditioning
     time = {"time1": (steps.TIME_WIDTH, width), "time1_bias": (width,), "time2": (width, width), "time2_bias": (width,)}
     conditioned = GraphSpec(
@@ -489,7 +502,8 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             "head_drawn",
             (*guided, TensorSpec("sharpness", "float32", (1,)), TensorSpec("uniform", "float32", ("B", "Q", 2))),
             classifier,
-            (*statistics, positions("drawn", "Q"), per_row("drawn_logit")),
+            (*statistics, *drawn),
             partial(heads.head_drawn, top=top),
         ),
+        *((moved,) if shape.uniform_noise else ()),
     )

@@ -127,6 +127,33 @@ def head_drawn(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) 
         return {**_statistics(ops, shape, likeliest, softmax), "drawn": drawn, "drawn_logit": drawn_logit}
 
 
+def head_moved(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
+    """The next token of rows whose tokens are noise in part, drawn by ratios s(y) = p(y) / p(`present` token).
+
+    The model's numbers are log s, that of the present token counting as 0. With the `moves` a, b, c and d another token has
+    weight a s(y) - b sum(s) and the present one c - d sum(s), nothing where that is negative (SEDD, arXiv 2310.16834: both
+    of its samplers have this form). `uniform` decides as in `head_drawn`; statistics are of the softmax of log s.
+    """
+    product = _classify(ops, shape, t)
+    with ops.scope("statistics"):
+        logits = _logits(ops, shape, product, t)
+        present = ops.matches(ops.unsqueeze(t["present"], 2), ops.positions(ops.unsqueeze(t["bias"], 0)))
+        nothing = ops.fill(logits, 0.0)
+        logits = ops.where(present, nothing, logits)
+        likeliest = _likeliest(ops, logits, top)
+        softmax = _softmax(ops, shape, logits, likeliest.logit)
+        # All weights in units of the largest ratio, so that none is too large for float32.
+        one = ops.exp(ops.sub(nothing, ops.unsqueeze(likeliest.logit, 2)))
+        total = ops.unsqueeze(softmax.total, 2)
+        other, others, stay, stays = (ops.piece(t["moves"], place, place + 1) for place in range(4))
+        moving = ops.sub(ops.mul(softmax.weights, other), ops.mul(total, others))
+        staying = ops.sub(ops.mul(one, stay), ops.mul(total, stays))
+        weights = ops.relu(ops.where(present, staying, moving))
+        drawn = draw_token(ops, weights, shape.vocab, t["uniform"])
+        drawn_logit = ops.column(ops.take_last(logits, ops.unsqueeze(drawn, 2)), 0)
+        return {**_statistics(ops, shape, likeliest, softmax), "drawn": drawn, "drawn_logit": drawn_logit}
+
+
 def _classify(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> T:
     """Candidate rows after the last norm, with the guidance residual where there is one, times the head [B, Q, V]."""
     rows = normalize(ops, shape, ops.take_rows(t["hidden"], t["index"]), t, "norm")

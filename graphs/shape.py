@@ -79,6 +79,8 @@ class ModelShape:
     """Rows of a block, where a row sees its own block and those before it; 0 where every row sees all."""
     conditioning: int = 0
     """Width of what the time conditions norms and gates by in every step; 0 where a model does not see the time."""
+    uniform_noise: bool = False
+    """Whether noise turns a token into any other one, so that the vocabulary has no mask; else into the mask."""
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     shift: bool = False

@@ -24,6 +24,9 @@ OVERFLOW = (
     "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
 )
 
+DRAWING = ("head_drawn", "head_moved")
+"""Head graphs that draw tokens from the whole vocabulary."""
+
 UNIFORM = 2**23
 """Random numbers for drawing tokens are multiples of its reciprocal, so that none rounds to 1 in float32."""
 
@@ -51,7 +54,8 @@ class Decoder:
         self.confidence = np.full((batch, request.shape.response_rows), np.nan)  # of the rows decided so far
         self.edited = np.zeros(self.response.shape, np.bool_)
         """Rows [B, R] whose token the last step replaced by another."""
-        self._asked = self.masked(request.shape.response_rows)
+        self._undecided: NDArray[np.bool_] = np.equal(self.response, special.mask)  # [B, R]
+        self._asked = self._undecided.copy()
         self._rngs = [np.random.default_rng(options.seed + row) for row in range(batch)]
         self._orders: list[NDArray[np.float64]] | None = (
             None  # drawn for the coming step, one number for each candidate
@@ -65,12 +69,28 @@ class Decoder:
         # The mask token is never a proposal: committed, it would leave a hole (docs/decisions.md).
         self._banned = frozenset({special.mask, *((special.eos,) if options.logits_eos_inf else ())})
         self._ranked_last = special.ends if options.confidence_eos_eot_inf else frozenset[int]()
+        self._vocab = head.vocab
+        if transfer.moves:
+            self._banned -= {special.mask}  # no token of this vocabulary
+            self._start_from_noise()
+
+    def _start_from_noise(self) -> None:
+        """Any token that is not banned, each with the same chance, in every undecided row."""
+        tokens = np.setdiff1d(np.arange(self._vocab), list(self._banned))
+        for row, rng in enumerate(self._rngs):
+            places = np.flatnonzero(self._undecided[row])
+            self.response[row, places] = tokens[rng.integers(0, len(tokens), len(places))]
+
+    @property
+    def decided(self) -> NDArray[np.int32]:
+        """The response's tokens, the mask id where undecided [B, R]."""
+        decided: NDArray[np.int32] = np.where(self._undecided, np.int32(self._special.mask), self.response)
+        return decided
 
     def masked(self, end: int) -> NDArray[np.bool_]:
         """Undecided response rows before row `end` [B, R]."""
-        masked: NDArray[np.bool_] = np.equal(self.response, self._special.mask)
-        if end < masked.shape[1]:
-            masked[:, end:] = False
+        masked: NDArray[np.bool_] = self._undecided.copy()
+        masked[:, end:] = False
         return masked
 
     def foresee(self, block: int, block_step: int, quota: NDArray[np.int64]) -> NDArray[np.bool_] | None:
@@ -262,12 +282,16 @@ class Decoder:
         """Write the rule's choice to the canvas; the rows that it committed."""
         choice = choose_rows(self._transfer, state)
         self._memories[sequence] = choice.memory
+        if self._transfer.moves:
+            self.response[sequence, state.rows] = proposal.tokens
         places = state.rows[choice.commit]
         self.response[sequence, places] = proposal.tokens[choice.commit]
         self.confidence[sequence, places] = proposal.confidence[choice.commit]
+        self._undecided[sequence, places] = False
         if len(choice.remask):
             again = state.decided[choice.remask]
             self.response[sequence, again] = self._special.mask
+            self._undecided[sequence, again] = True
             self.confidence[sequence, again] = np.nan
         if rivals is not None:
             edited = state.decided[choice.edit]
@@ -301,7 +325,7 @@ class Decoder:
     def _decided(self, sequence: int, span: tuple[int, int]) -> NDArray[np.int64]:
         """Rows of the block that were decided here; given text is none of them."""
         start, end = span
-        decided = self._asked[sequence, start:end] & (self.response[sequence, start:end] != self._special.mask)
+        decided = self._asked[sequence, start:end] & ~self._undecided[sequence, start:end]
         rows: NDArray[np.int64] = start + decided.nonzero()[0]
         return rows
 
@@ -311,10 +335,11 @@ class Decoder:
         Where an end may be replaced it counts once its block is finished.
         """
         ended = np.logical_or.accumulate(np.isin(self.response, list(self._special.ends)), axis=1)
-        filled: NDArray[np.bool_] = ended & (self.response == self._special.mask)
+        filled: NDArray[np.bool_] = ended & self._undecided
         if self._transfer.edits:
             filled &= ~self._goes_on[:, None]
         self.response[filled] = self._special.eos
+        self._undecided[filled] = False
         return filled
 
     def _evidence(
@@ -328,6 +353,8 @@ class Decoder:
     ) -> Candidates:
         """The rule's head on the candidates [B, n]. With a state it runs on the whole block, so that a row keeps its place."""
         graph = self._transfer.head
+        if graph == "head_moved":
+            return self._move_tokens(hidden, index, rows, block_step)
         if graph == "head_drawn" and temperature > 0:
             return self._draw_tokens(hidden, index, rows, temperature)
         if graph in ("head", "head_drawn"):
@@ -346,11 +373,26 @@ class Decoder:
         self, hidden: Buffer, index: NDArray[np.int32], rows: list[NDArray[np.int64]], temperature: float
     ) -> Candidates:
         """Candidates with a token of each that was drawn from the whole vocabulary: two random numbers a row."""
+        uniform = self._draw_uniform(index, rows)
+        self._clock.time(self._head.prepare_drawn(hidden, index, self._banned, uniform, 1.0 / temperature))
+        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1], *DRAWN)))
+
+    def _move_tokens(
+        self, hidden: Buffer, index: NDArray[np.int32], rows: list[NDArray[np.int64]], block_step: int
+    ) -> Candidates:
+        """Candidates with the token of each that comes after its present one: two random numbers a row, as above."""
+        uniform, present = self._draw_uniform(index, rows), np.zeros_like(index)
+        for sequence, places in enumerate(rows):
+            present[sequence, : len(places)] = self.response[sequence, places]
+        moves = self._transfer.move_weights(block_step, self._request.schedule.steps_per_block, self._vocab)
+        self._clock.time(self._head.prepare_moved(hidden, index, present, self._banned, uniform, moves))
+        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1], *DRAWN)))
+
+    def _draw_uniform(self, index: NDArray[np.int32], rows: list[NDArray[np.int64]]) -> NDArray[np.float32]:
         uniform = np.zeros((*index.shape, 2), np.float32)
         for sequence, places in enumerate(rows):
             uniform[sequence, : len(places)] = self._rngs[sequence].integers(0, UNIFORM, (len(places), 2)) / UNIFORM
-        self._clock.time(self._head.prepare_drawn(hidden, index, self._banned, uniform, 1.0 / temperature))
-        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1], *DRAWN)))
+        return uniform
 
     def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
         self._clock.time(self._head.prepare(hidden, index, banned))
@@ -392,12 +434,14 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
             f"--remasking {options.remasking} has no effect with --transfer {transfer.name}, which goes by its own formula: "
             f"leave it out, or take --transfer quota"
         )
-    if transfer.head == "head_drawn" and (options.top_k is not None or (options.top_p or 1.0) < 1):
+    if transfer.head in DRAWING and (options.top_k is not None or (options.top_p or 1.0) < 1):
         raise UsageError(
             f"--top-p and --top-k have no effect with --transfer {transfer.name}, which draws from the whole vocabulary: leave "
             f"them out"
         )
-    if options.confidence_eos_eot_inf and transfer.draws and not transfer.ranks:
+    if transfer.moves:
+        check_moving(options, transfer)
+    if options.confidence_eos_eot_inf and (transfer.draws or transfer.moves) and not transfer.ranks:
         raise UsageError(
             f"--confidence-eos-eot-inf has no effect with --transfer {transfer.name}, which decides rows whatever they "
             f"propose: leave it out"
@@ -420,4 +464,27 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
     if options.early_stop and transfer.remasks:
         raise UsageError(
             f"--early-stop does not go with --transfer {transfer.name}, which may mask an end of text again: leave it out"
+        )
+
+
+def check_moving(options: GenerationOptions, transfer: Transfer) -> None:
+    """Refuse options that mean nothing where no row is decided before the last step and noise is no mask."""
+    if options.temperature not in (None, 1.0):
+        raise UsageError(
+            f"--temperature is {options.temperature}, but --transfer {transfer.name} draws by ratios of probabilities as they "
+            f"are: leave it out"
+        )
+    if options.block_length not in (None, options.gen_length):
+        raise UsageError(
+            f"--block-length does not go with --transfer {transfer.name}: rows of later blocks would be noise that nobody can "
+            f"tell from text: leave it out"
+        )
+    if options.cfg_scale > 0:
+        raise UsageError(
+            f"--cfg-scale does not go with --transfer {transfer.name}: without a mask there is nothing to hide the prompt "
+            f"with: leave it out"
+        )
+    if options.early_stop:
+        raise UsageError(
+            f"--early-stop has no effect with --transfer {transfer.name}, which decides all rows in its last step: leave it out"
         )

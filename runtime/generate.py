@@ -56,6 +56,8 @@ class Frame:
     """Time of this step that the cache policy took for its plan, and sampler and decoding rule for their decisions."""
     seconds: float
     """Time of this step in all."""
+    drafts: NDArray[np.int32] | None = None
+    """[B, R] The tokens with what undecided rows hold for now, in a model whose noise is other tokens."""
 
 
 class Workspace:
@@ -231,7 +233,8 @@ class Denoiser:
             steps=self._most_steps,
             block=block,
             kind=plan.kind,
-            tokens=self._decoder.response.copy(),
+            tokens=self._decoder.decided,
+            drafts=self._decoder.response.copy() if self.transfer.moves else None,
             committed=committed,
             edited=edited,
             confidence=self._decoder.confidence.copy(),
@@ -357,11 +360,17 @@ def check_model(shape: ModelShape, transfer: Transfer) -> None:
             f"--transfer {transfer.name} asks a token's own row whether the token still holds, and this model predicts a token "
             f"from the row before it: take another rule"
         )
-    if bool(shape.conditioning) == transfer.sees_noise:
+    if bool(shape.conditioning) == transfer.sees_noise and shape.uniform_noise == transfer.moves:
         return
     if shape.conditioning:
+        own = "sedd-uniform" if shape.uniform_noise else "sedd"
+        if transfer.sees_noise:
+            raise UsageError(
+                f"--transfer {transfer.name} is for the other kind of noise: this model's is "
+                f"{'any token' if shape.uniform_noise else 'a mask'}, take --transfer {own}"
+            )
         raise UsageError(
-            f"this model sees the noise level of a step, which --transfer {transfer.name} does not have: take --transfer sedd"
+            f"this model sees the noise level of a step, which --transfer {transfer.name} does not have: take --transfer {own}"
         )
     raise UsageError(
         f"--transfer {transfer.name} reads a model's ratios of probabilities at a noise level, and this model sees none: "

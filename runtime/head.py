@@ -20,7 +20,10 @@ STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_log
 MOVED = ("divergence", "similarity")
 """What `head_tracked` gives beside the statistics."""
 DRAWN = ("drawn", "drawn_logit")
-"""What `head_drawn` gives beside the statistics."""
+"""What `head_drawn` and `head_moved` give beside the statistics."""
+
+INTEGERS = frozenset({"index", "token", "present", "top_tokens", "drawn"})
+"""Tensors of candidates that hold places or token ids."""
 
 STEP = 32
 """Rows by which candidates are padded where they are many."""
@@ -39,7 +42,9 @@ class Candidates:
     entropy: NDArray[np.float32]  # [B, Q], in nats
     divergence: NDArray[np.float32] | None = None  # [B, Q] KL(p || p of the step before), in nats, of `head_tracked`
     similarity: NDArray[np.float32] | None = None  # [B, Q] cosine of the two
-    drawn: NDArray[np.int32] | None = None  # [B, Q] a token drawn from the whole vocabulary, of `head_drawn`
+    drawn: NDArray[np.int32] | None = (
+        None  # [B, Q] a token drawn from the whole vocabulary, of `head_drawn` and `head_moved`
+    )
     drawn_logit: NDArray[np.float32] | None = None  # [B, Q]
 
     def take(self, index: NDArray[np.int32]) -> Candidates:
@@ -62,6 +67,7 @@ class Head:
         """`shared` are inputs of all head graphs that somebody else writes."""
         self._session, self._shape, self._request = session, shape, request
         self._shared = shared or {}
+        self.vocab = shape.vocab
         self._top = min(TOP_TOKENS, shape.vocab)
         self._buffers: dict[tuple[str, int], Buffer] = {}
         self._programs: dict[tuple[object, ...], Program] = {}
@@ -169,6 +175,32 @@ class Head:
             self._programs[key] = self._session.prepare([GraphCall("head_drawn", None, tensors)])
         return self._programs[key]
 
+    def prepare_moved(
+        self,
+        hidden: Buffer,
+        index: NDArray[np.int32],
+        present: NDArray[np.int32],
+        banned: frozenset[int],
+        uniform: NDArray[np.float32],
+        moves: tuple[float, float, float, float],
+    ) -> Program:
+        """The program that draws each candidate's next token after its `present` one [B, Q], by `uniform` [B, Q, 2]."""
+        count = index.shape[1]
+        for name, array in (("index", index), ("present", present), ("uniform", uniform)):
+            self._output(name, count).write(array)
+        self._scalar("moves", len(moves)).write(np.array(moves, np.float32))
+        key: tuple[object, ...] = ("head_moved", id(hidden), count, banned)
+        if key not in self._programs:
+            tensors = {
+                "hidden": hidden,
+                **self._shared,
+                "bias": self._bias_buffer(banned),
+                "moves": self._scalar("moves", len(moves)),
+                **{name: self._output(name, count) for name in ("index", "present", "uniform", *STATISTICS, *DRAWN)},
+            }
+            self._programs[key] = self._session.prepare([GraphCall("head_moved", None, tensors)])
+        return self._programs[key]
+
     def prepare_guidance(self, conditional: Buffer, unconditional: Buffer) -> Program:
         """The program that refreshes the guidance residual."""
         key = (id(conditional), id(unconditional), True, frozenset({-1}))
@@ -192,14 +224,14 @@ class Head:
                 dims = (*dims, self._shape.vocab)
             if name == "uniform":
                 dims = (*dims, 2)
-            type: TensorType = "int32" if name in ("index", "token", "top_tokens", "drawn") else "float32"
+            type: TensorType = "int32" if name in INTEGERS else "float32"
             self._buffers[name, count] = self._session.allocate(dims, type)
         return self._buffers[name, count]
 
-    def _scalar(self, name: str) -> Buffer:
-        if (name, 1) not in self._buffers:
-            self._buffers[name, 1] = self._session.allocate((1,), "float32")
-        return self._buffers[name, 1]
+    def _scalar(self, name: str, count: int = 1) -> Buffer:
+        if (name, count) not in self._buffers:
+            self._buffers[name, count] = self._session.allocate((count,), "float32")
+        return self._buffers[name, count]
 
     def _bias_buffer(self, banned: frozenset[int]) -> Buffer:
         if banned not in self._bias:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.bundle import Bundle, open_bundle
-from dllm_export.runtime.decoder import check_options
+from dllm_export.runtime.decoder import DRAWING, check_options
 from dllm_export.runtime.generate import Denoiser, Frame, Workspace
 from dllm_export.runtime.options import GenerationOptions, SettledOptions
 from dllm_export.runtime.plugins import find_transfer
@@ -115,7 +115,7 @@ class DiffusionLM:
         sampler = self.bundle.manifest.sampler
         rule = find_transfer(sampler.transfer)() if transfer is None else transfer
         check_options(options, rule)
-        return options.settle(sampler, ranks=rule.ranks, filters=rule.head != "head_drawn"), rule
+        return options.settle(sampler, ranks=rule.ranks, filters=rule.head not in DRAWING), rule
 
     def share(
         self,

@@ -140,7 +140,7 @@ def make_request(
         )
     canvas = np.full((len(canvases), width), tokens.pad, np.int32)
     for row, ids in enumerate(canvases):
-        if min(ids) < 0 or max(ids) >= shape.vocab:
+        if not all(0 <= token < shape.vocab or token == tokens.mask for token in (min(ids), max(ids))):
             raise UsageError(
                 f"text {row + 1} holds a token id outside 0..{shape.vocab - 1}; it was made by another tokenizer"
             )

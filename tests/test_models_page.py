@@ -43,6 +43,7 @@ MOE_ENGINES = (
     "exporter/test_expert_plans.py::test_a_graph_with_experts_builds_for_both_kinds_of_gpu[layer_full-float16]"
 )
 TIME = "runtime/test_time_families.py::"
+MOVED = "runtime/test_uniform_noise.py::"
 REFRESHED = f"{TIME}test_policies_that_refresh_everything_sample_what_no_cache_samples"
 
 
@@ -141,10 +142,22 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "logits": (
             "exporter/test_dit.py::test_layers_that_see_the_noise_level_equal_the_published_formula_in_double_precision[0.25]",
         ),
-        "generation": (f"{TIME}test_sedd_samples_what_the_published_loop_samples[6-euler-float64]",),
-        "policies": (f"{REFRESHED}[dllm-cache-sedd]",),
-        "graphs": ("exporter/test_dit.py::test_an_export_that_sees_the_noise_level_verifies",),
-        "engines": (f"{DIT_ENGINES}[sedd]",),
+        "generation": (
+            f"{TIME}test_sedd_samples_what_the_published_loop_samples[6-euler-float64]",
+            f"{MOVED}test_it_samples_what_the_published_loop_samples[euler-float64]",
+        ),
+        "policies": (
+            f"{REFRESHED}[dllm-cache-sedd]",
+            f"{MOVED}test_policies_that_refresh_everything_sample_what_no_cache_samples[dllm-cache]",
+        ),
+        "graphs": (
+            "exporter/test_dit.py::test_an_export_that_sees_the_noise_level_verifies",
+            f"{MOVED}test_an_export_verifies",
+        ),
+        "engines": (
+            f"{DIT_ENGINES}[sedd]",
+            "exporter/test_dit.py::test_tensorrt_builds_the_graph_that_moves_tokens",
+        ),
     },
 }
 """Family -> what is shown -> the tests that show it, by their names below tests/."""

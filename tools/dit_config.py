@@ -44,7 +44,7 @@ def bd3lm_config(shape: ModelShape, *, conditioning: int, mask: int, end: int) -
 
 
 def sedd_config(shape: ModelShape, *, conditioning: int, end: int) -> dict[str, object]:
-    """SEDD's, of the absorbing graph: the mask is the state behind the tokens."""
+    """SEDD's: of the absorbing graph the mask is the state behind the tokens, of the uniform one there is none."""
     model = {
         "cond_dim": conditioning,
         "dropout": 0.1,
@@ -53,17 +53,18 @@ def sedd_config(shape: ModelShape, *, conditioning: int, end: int) -> dict[str, 
         "n_blocks": shape.layers,
         "n_heads": shape.heads,
         "name": "small",
-        "scale_by_sigma": True,
+        "scale_by_sigma": not shape.uniform_noise,
         "type": "ddit",
     }
-    ids: dict[str, object] = {} if shape.vocab == 50258 else {"eos_token_id": end, "pad_token_id": end}
+    tokens = shape.vocab - (not shape.uniform_noise)
+    ids: dict[str, object] = {} if tokens == 50257 else {"eos_token_id": end, "pad_token_id": end}
     return {
-        "graph": {"file": "data", "report_all": False, "type": "absorb"},
+        "graph": {"file": "data", "report_all": False, "type": "uniform" if shape.uniform_noise else "absorb"},
         "model": model,
         "ngpus": 8,
         "noise": {"sigma_max": 20, "sigma_min": 0.0001, "type": "loglinear"},
         "sampling": {"noise_removal": True, "predictor": "euler", "steps": 128},
-        "tokens": shape.vocab - 1,
+        "tokens": tokens,
         **ids,
     }
 

@@ -142,8 +142,8 @@ def strategy_flags(command: Callable[..., object]) -> Callable[..., object]:
         strategies=installed.transfers,
         default=None,
         section="Decoding rule",
-        help="which tokens a step decides; quota, dynamic, dream, origin, ddpm and sedd keep to --steps, the others decide as "
-        "many as they trust; default: the family's own",
+        help="which tokens a step decides; quota, dynamic, dream, origin, ddpm and both sedd keep to --steps, the others "
+        "decide as many as they trust; default: the family's own",
         spellings=("--rule",),
     )
     decorated: Callable[..., object] = choice_flags(policy)(choice_flags(transfer)(command))

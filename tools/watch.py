@@ -192,7 +192,8 @@ class Watch:
         width = min(self._console.width, MAX_WIDTH)
         map_width = min(width, MAP_WIDTH)
         head, cells = self._canvas.header(frame, self._seconds), self._canvas.map(states, map_width)
-        lines, focus = self._canvas.text(frame.tokens[0], states, width)
+        shown = frame.tokens if frame.drafts is None else frame.drafts
+        lines, focus = self._canvas.text(shown[0], states, width)
         if self._live:
             newest = states.index("committed") // map_width if "committed" in states else 0
             self._live.update(Group(*self._fit(head, cells, newest, lines, focus)), refresh=True)

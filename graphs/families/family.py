@@ -76,6 +76,8 @@ class SpecialTokens:
     """Token ids with a meaning of their own."""
 
     mask: int
+    """The id behind the vocabulary where noise is other tokens (ModelShape.uniform_noise): it then marks places to fill, and no
+    graph sees it."""
     eos: int
     pad: int
     end_of_turn: int | None = None

@@ -16,7 +16,7 @@ from dllm_export.runtime.transfers.hierarchy import Hierarchy
 from dllm_export.runtime.transfers.klass import Klass
 from dllm_export.runtime.transfers.origin import Origin
 from dllm_export.runtime.transfers.quota import Quota
-from dllm_export.runtime.transfers.sedd import Sedd
+from dllm_export.runtime.transfers.sedd import Sedd, SeddUniform
 from dllm_export.runtime.transfers.slow_fast import SlowFast
 from dllm_export.runtime.transfers.sub_blocks import SubBlocks
 from dllm_export.runtime.transfers.threshold import Threshold
@@ -42,6 +42,7 @@ ALL: tuple[type[Transfer], ...] = (
     DdpmCache,
     FirstHitting,
     Sedd,
+    SeddUniform,
     Dream,
     Origin,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Origin",
     "Quota",
     "Sedd",
+    "SeddUniform",
     "SlowFast",
     "SubBlocks",
     "Threshold",

@@ -1,4 +1,4 @@
-"""SEDD's samplers (arXiv 2310.16834), absorbing: a model's ratios say how likely a mask is revealed, and as what."""
+"""SEDD's samplers (arXiv 2310.16834): a model's ratios say how likely a mask is revealed, or any token moves, and as what."""
 
 from __future__ import annotations
 
@@ -75,11 +75,51 @@ class Sedd(Transfer):
 
     def _log_reach(self, step: int, steps: int) -> float:
         """log a."""
-        now, after = self._time(step, steps), self._time(step + 1, steps)
         if self.predictor == "analytic":
-            return math.log(math.expm1(noise(now) - noise(after)))
-        rate = (1.0 - NOISE_EPS) / (1.0 - (1.0 - NOISE_EPS) * now)
-        return math.log((now - after) * rate)
+            return math.log(math.expm1(self._fall(step, steps)))
+        return math.log(self._reach(step, steps))
+
+    def _reach(self, step: int, steps: int) -> float:
+        """Size of a step times the noise rate at its start."""
+        now = self._time(step, steps)
+        return (now - self._time(step + 1, steps)) * (1.0 - NOISE_EPS) / (1.0 - (1.0 - NOISE_EPS) * now)
+
+    def _fall(self, step: int, steps: int) -> float:
+        """Noise that a step takes away; the step after the last takes all."""
+        now = self.noise_level(step, steps)
+        return now if step > steps else now - self.noise_level(step + 1, steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeddUniform(Sedd):
+    """The same samplers where noise turns a token into any of the n tokens: all rows move in every step, the step after the
+    last takes the rest of the noise away, and decides all.
+
+    Euler: a row moves to y with probability k s(y) / n, k the step size times the noise rate. Analytic, with D the noise that
+    a step takes away and q = 1 - e^-D: the weight of y is (s(y) - q sum(s) / n) times q / n, for the present token times
+    e^-D + q / n (Tweedie's formula over the uniform graph). Weights below 0 count as nothing, as they never win the published
+    draw.
+    """
+
+    name: ClassVar[str] = "sedd-uniform"
+    head: ClassVar[HeadGraph] = "head_moved"
+    moves: ClassVar[bool] = True
+
+    @property
+    def draws(self) -> bool:
+        """No row waits for a number of its own: whether it moves is drawn with where it moves to."""
+        return False
+
+    def choose(self, state: TransferState) -> Choice:
+        return Choice(np.arange(len(state.rows) if state.block_step > state.steps else 0))
+
+    def move_weights(self, step: int, steps: int, states: int) -> tuple[float, float, float, float]:
+        if self.predictor == "euler" and step <= steps:
+            reach = self._reach(step, steps) / states
+            return reach, 0.0, 1.0 + reach, reach
+        lost = -math.expm1(-self._fall(step, steps)) / states
+        stays = 1.0 - lost * (states - 1)
+        return lost, lost * lost, stays, stays * lost
 
 
 def noise(time: float) -> float:

@@ -97,6 +97,9 @@ class Transfer(Protocol):
 
     sees_noise: ClassVar[bool] = False
     """Whether the rule is for models that are shown the noise level of a step, and states it."""
+    moves: ClassVar[bool] = False
+    """Whether undecided rows hold tokens too, which every step draws anew: for models whose noise is other tokens. Such a rule
+    takes `head_moved` and states `move_weights`."""
 
     head: ClassVar[HeadGraph] = "head"
     """Which head graph gives the statistics. One that keeps a state runs on every row of the block; `head_drawn` draws tokens
@@ -127,6 +130,11 @@ class Transfer(Protocol):
     def noise_level(self, step: int, steps: int) -> float:
         """What a step of a block shows to a model that sees the noise level."""
         return 0.0
+
+    def move_weights(self, step: int, steps: int, states: int) -> tuple[float, float, float, float]:
+        """Of a rule that `moves`: a, b, c, d of a step of a block, for a model of so many states. A row's next token is drawn
+        with weight a s(y) - b sum(s) for another token y and c - d sum(s) for its own, by its ratios s, 1 for its own."""
+        return 0.0, 0.0, 1.0, 0.0
 
     def is_greedy(self, step: int, steps: int) -> bool:
         """Whether a step of a block takes the likeliest tokens, whatever the temperature."""

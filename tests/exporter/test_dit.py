@@ -172,7 +172,9 @@ def test_the_medium_model_is_the_published_one() -> None:
 @pytest.mark.parametrize(
     ("part", "changes", "what"),
     [
-        ("graph", {"type": "uniform"}, "'graph.type' is 'uniform', expected 'absorb': every token may change"),
+        ("graph", {"type": "gaussian"}, "'graph.type' is 'gaussian', expected 'absorb' or 'uniform'"),
+        ("graph", {"type": ["absorb"]}, "'graph.type' is .'absorb'., expected 'absorb' or 'uniform'"),
+        ("graph", {"type": "uniform"}, "'model.scale_by_sigma' is True, expected False"),
         ("noise", {"type": "geometric"}, "'noise.type' is 'geometric'"),
         ("model", {"scale_by_sigma": False}, "'model.scale_by_sigma' is False"),
         ("model", {"cond_dim": None}, "no 'cond_dim'"),
@@ -181,6 +183,20 @@ def test_the_medium_model_is_the_published_one() -> None:
 def test_a_sedd_that_cannot_be_sampled_is_refused_by_key(part: str, changes: dict[str, object], what: str) -> None:
     with pytest.raises(CheckpointError, match=what):
         read_sedd(part, **changes)
+
+
+def test_over_the_uniform_graph_the_vocabulary_has_no_mask() -> None:
+    raw = {**SEDD, "graph": {**SEDD["graph"], "type": "uniform"}, "model": {**SEDD["model"], "scale_by_sigma": False}}
+    config = detect_family(Source(config=raw)).read_config(Source(config=raw))
+    assert (config.shape.vocab, config.shape.uniform_noise, config.logit_offset) == (50257, True, 0.0)
+    assert config.tokens == SpecialTokens(mask=50257, eos=50256, pad=50256)
+    assert config.sampler.transfer == "sedd-uniform"
+    # One row fewer in embedding, head and head bias than the absorbing model, whose ratios carry an offset.
+    expected = sum(int(np.prod(shape)) for shape in expected_tensors(config).values())
+    assert expected == PARAMETERS - 2 * 768 - 1
+    assert read_sedd().logit_offset < -10
+    with pytest.raises(CheckpointError, match="--mask-id 5 is for models with a mask"):
+        detect_family(Source(config=raw)).read_config(Source(config=raw, mask_id=5))
 
 
 # -- folding
@@ -275,6 +291,16 @@ def test_tensorrt_builds_every_graph(shape: ModelShape) -> None:
         graph = build_onnx(spec, replace(shape, indicator_rank=8), "float16").SerializeToString()
         profiles = make_profiles("tensorrt-rtx", spec, shape.max_length, options)
         assert build_plan(library, graph, spec, "float16", profiles, ("8.9",))[0], name
+
+
+def test_tensorrt_builds_the_graph_that_moves_tokens() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
+    library, options = load_tensorrt("tensorrt-rtx"), BuildOptions(flavour="tensorrt-rtx", sm="8.9")
+    shape = replace(SHAPE, conditioning=16, uniform_noise=True)
+    spec = graph_specs(shape)["head_moved"]
+    graph = build_onnx(spec, shape, "float16").SerializeToString()
+    profiles = make_profiles("tensorrt-rtx", spec, shape.max_length, options)
+    assert build_plan(library, graph, spec, "float16", profiles, ("8.9",))[0]
 
 
 def test_an_export_that_sees_the_noise_level_verifies(sedd: Path, tmp_path: Path) -> None:

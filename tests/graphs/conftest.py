@@ -95,6 +95,8 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "credit_power": np.array([0.2]),
         "credit_weight": np.array([0.7]),
         "sharpness": np.array([0.8]),
+        "present": np.random.default_rng(5).integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),
+        "moves": np.array([0.2, 0.002, 0.9, 0.01]),
         "uniform": np.random.default_rng(sizes["Q"]).random((SIZES["B"], sizes["Q"], 2)),
     }
 

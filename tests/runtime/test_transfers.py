@@ -185,8 +185,8 @@ def test_every_rule_is_pure_and_commits_at_least_one_and_each_row_once(state: Tr
     state = replace(state, draw=state.confidence, logsumexp=np.log(state.entropy + 1))
     chosen = rule.choose(state).commit
     assert np.array_equal(rule.choose(state).commit, chosen)
-    # A rule that draws may commit nothing, except in the steps whose quota says so.
-    assert len(chosen) >= (min(state.quota, 1) if rule.keeps_schedule else 1) or rule.draws
+    # A rule that draws or moves tokens may commit nothing, except in the steps whose quota says so.
+    assert len(chosen) >= (min(state.quota, 1) if rule.keeps_schedule else 1) or rule.draws or rule.moves
     assert len(set(chosen.tolist())) == len(chosen) <= len(state.rows)
     assert set(chosen.tolist()) <= set(range(len(state.rows)))
 

@@ -36,13 +36,13 @@ def test_a_machine_reads_the_same_and_more(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("name", ["llada", "illada", "a2d-qwen3", "mdlm"])
 def test_every_policy_applies_to_models_that_do_not_see_the_noise(name: str) -> None:
     assert LINES[name].policies == tuple(policy for policy in POLICIES if policy != "block")
-    assert "sedd" not in LINES[name].rules
+    assert not {"sedd", "sedd-uniform"} & set(LINES[name].rules)
     assert {"quota", "threshold"} < set(LINES[name].rules)
 
 
 def test_what_generation_would_refuse_does_not_apply() -> None:
     for name in ("bd3lm", "sdar", "llada2"):
         assert set(POLICIES) - set(LINES[name].policies) == {"sparse", "shared-prefix"}
-        assert not {"wino", "sedd"} & set(LINES[name].rules)
-    assert LINES["sedd"].rules == ("sedd",)
+        assert not {"wino", "sedd", "sedd-uniform"} & set(LINES[name].rules)
+    assert LINES["sedd"].rules == ("sedd", "sedd-uniform")
     assert set(POLICIES) - set(LINES["sedd"].policies) == {"shared-prefix", "block"}
