@@ -52,7 +52,7 @@ class GraphSpec:
 
 
 HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn", "head_moved"]
-"""What a decoding rule may take its statistics from; all but `head_moved` take the guidance residual, times 0 without guidance."""
+"""What a decoding rule may take its statistics from; all but `head_moved` take the guidance residual (times 0 without)."""
 
 NORM1 = ("norm1", "norm1_bias", "norm1_modulation", "norm1_modulation_bias")
 PROJECTIONS = (*NORM1, "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
