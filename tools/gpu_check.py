@@ -296,11 +296,23 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
         answers = tuple(compare_answers(work, options)) if options.answers else ()
         seconds = make_bundle(work, shape, options.device)
         seconds |= dict(build_engines(work, options))
+
+        def finish(bench: BenchReport) -> GpuReport:
+            return GpuReport(
+                tool="tools/gpu_check",
+                version=__version__,
+                command=asked,
+                seconds=seconds,
+                answers=answers,
+                bench=bench,
+            )
+
+        def save(bench: BenchReport) -> None:
+            write_report(report, finish(bench))
+
         what = plan_measurement(open_bundle(work / "bundle"), work / "model", options.bench, DllmCache())
-        bench = measure(what, asked, progress)
-    outcome = GpuReport(
-        tool="tools/gpu_check", version=__version__, command=asked, seconds=seconds, answers=answers, bench=bench
-    )
+        bench = measure(what, asked, progress, save)
+    outcome = finish(bench)
     if as_json:
         print_json(outcome)
     else:

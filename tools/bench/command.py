@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -157,7 +158,7 @@ def command(
         require_columns([point.report for axis in swept.axes for point in axis.points])
         return
     with request.prepare(request.rows) as opened, show_progress() as progress:
-        outcome = measure(request.plan(*opened), asked, progress)
+        outcome = measure(request.plan(*opened), asked, progress, partial(write_report, report))
     if as_json:
         print_json(outcome)
     else:

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,8 +82,13 @@ class Measurement:
         return self.pythons.get(kind.flavour or kind.provider, ())
 
 
-def measure(what: Measurement, command: str, progress: Report) -> BenchReport:
-    """Limits first, then every column in every round; one that fails leaves a line and the others run."""
+def measure(
+    what: Measurement, command: str, progress: Report, save: Callable[[BenchReport], None] = lambda report: None
+) -> BenchReport:
+    """Limits first, then every column in every round; one that fails leaves a line and the others run.
+
+    What is known is saved after each column, so that a run that is cut short is not lost.
+    """
     start, settings, bundle = time.perf_counter(), what.settings, what.bundle
     machine = inspect_machine(bundle.path)
     outlooks = {record.name: foresee_policy(what, record.name, record.settings) for record in settings.policies}
@@ -91,6 +96,42 @@ def measure(what: Measurement, command: str, progress: Report) -> BenchReport:
     raw: dict[str, list[RawColumn]] = {}
     failures: dict[str, str] = {}
     needs = {name: need_memory(what, name, outlooks) for name in what.columns}
+    products = count_products(outlooks, limits)
+
+    def summarize() -> BenchReport:
+        columns = {
+            name: finish_column(what, name, rounds, limits, products, needs[name])
+            for name in what.columns
+            if (rounds := raw.get(name))
+        }
+        return BenchReport(
+            schema=SCHEMA,
+            tool="dllm-export bench",
+            version=__version__,
+            command=command,
+            seconds=time.perf_counter() - start,
+            machine=MachineRecord(
+                cpu=cpu_model(),
+                cores=os.cpu_count() or 1,
+                memory=find_memory(),
+                system=f"{platform.system()} {platform.machine()}",
+                python=platform.python_version(),
+                packages=dict(machine.packages),
+                gpus=machine.gpus,
+            ),
+            settings=settings,
+            limits=limits,
+            limits_failure=limits_failure,
+            break_even_rows=to_limits(limits).break_even_rows(TYPE_BYTES[settings.dtype]) if limits else None,
+            products_ms={policy: 1e3 * seconds for policy, seconds in products.items()},
+            columns=columns,
+            failures=failures,
+            ratios=tuple(make_ratios(columns, settings)),
+            times_products=tuple(make_products_ratios(columns, settings)),
+            agreement=tuple(make_agreement(columns)),
+            warnings=tuple(find_doubts(columns)),
+        )
+
     total = settings.rounds * len(what.columns)
     for number in range(total):
         turn, place = divmod(number, len(what.columns))
@@ -110,39 +151,8 @@ def measure(what: Measurement, command: str, progress: Report) -> BenchReport:
         except Failed as error:
             memory = f"; it needs about {format_bytes(needs[name])}" if "memory" in str(error) and not obstacle else ""
             failures[name] = f"{error}{memory}"
-    products = count_products(outlooks, limits)
-    columns = {
-        name: finish_column(what, name, rounds, limits, products, needs[name])
-        for name in what.columns
-        if (rounds := raw.get(name))
-    }
-    return BenchReport(
-        schema=SCHEMA,
-        tool="dllm-export bench",
-        version=__version__,
-        command=command,
-        seconds=time.perf_counter() - start,
-        machine=MachineRecord(
-            cpu=cpu_model(),
-            cores=os.cpu_count() or 1,
-            memory=find_memory(),
-            system=f"{platform.system()} {platform.machine()}",
-            python=platform.python_version(),
-            packages=dict(machine.packages),
-            gpus=machine.gpus,
-        ),
-        settings=settings,
-        limits=limits,
-        limits_failure=limits_failure,
-        break_even_rows=to_limits(limits).break_even_rows(TYPE_BYTES[settings.dtype]) if limits else None,
-        products_ms={policy: 1e3 * seconds for policy, seconds in products.items()},
-        columns=columns,
-        failures=failures,
-        ratios=tuple(make_ratios(columns, settings)),
-        times_products=tuple(make_products_ratios(columns, settings)),
-        agreement=tuple(make_agreement(columns)),
-        warnings=tuple(find_doubts(columns)),
-    )
+        save(summarize())
+    return summarize()
 
 
 def finish_column(

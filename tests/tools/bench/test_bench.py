@@ -24,7 +24,7 @@ from dllm_export.runtime.policies import POLICIES, DllmCache
 from dllm_export.runtime.session import SessionOptions, open_session
 from dllm_export.tools import cli
 from dllm_export.tools.bench.columns import COLUMNS, find_obstacle
-from dllm_export.tools.bench.measure import draw_prompts, find_shortage, need_memory
+from dllm_export.tools.bench.measure import draw_prompts, find_shortage, measure, need_memory
 from dllm_export.tools.bench.metering import MeteredSession, OutlineSession
 from dllm_export.tools.bench.page import make_page
 from dllm_export.tools.bench.processes import Failed, ask, explain_exit
@@ -246,6 +246,21 @@ def test_a_column_that_fails_says_why_in_its_last_line(tiny_bundle: Bundle) -> N
         ask("column", what.task("eager"), RawColumn, [sys.executable, "-S"])
     assert explain_exit(-9, "") == "was killed, as happens when memory runs out"
     assert explain_exit(3, "a\n\nwhy \n") == "why"
+
+
+def test_what_was_measured_before_an_interruption_is_saved(tiny_bundle: Bundle) -> None:
+    options = BenchOptions(columns="eager,torch", gen_length=8, prompt_length=8, threads=1, graphs=False)
+    what = plan_measurement(tiny_bundle, None, options, DllmCache())
+    saved: list[BenchReport] = []
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(what, "as asked", interrupt, saved.append)
+    assert [[*report.columns] for report in saved] == [["eager"]]
+    assert saved[0].command == "as asked"
 
 
 def test_plain_pytorch_gets_the_weights_of_the_bundle_where_it_has_no_checkpoint(
