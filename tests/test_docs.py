@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURED = "docs/measurements/cpu-2-core.json"
 FRONTIER = "docs/measurements/frontier-2-core.json"
 GPU = "docs/measurements/h200.json"
+GPU_TORCH = "docs/measurements/h100-torch.json"
 GPU_ANSWERS = "docs/measurements/h200-answers.json"
 
 
@@ -156,6 +157,27 @@ def gpu_answers() -> str:
         )
         rows.append(f"| {provider}, {dtype} | {' | '.join(f'{share:.1%}' for share in shares)} |")
     return "\n".join(rows) + "\n"
+
+
+def gpu_torch_report() -> BenchReport:
+    return msgspec.json.decode((ROOT / GPU_TORCH).read_bytes(), type=BenchReport)
+
+
+def test_the_table_of_pytorch_on_a_gpu_equals_the_measurement() -> None:
+    """In the README, and where it is explained."""
+    table = markdown(gpu_torch_report())
+    assert section("docs/measurements/README.md", "gpu-torch") == f"{table}\n"
+    assert section("README.md", "measured-gpu") == f"{table}\nAll figures: [{GPU_TORCH}]({GPU_TORCH}).\n"
+
+
+def test_the_bars_that_pytorch_met_on_a_gpu_stay_in_the_measurement() -> None:
+    """Ratios within one run: the cache against the published one, and a full step against a captured, compiled model."""
+    report = gpu_torch_report()
+    (ratio,) = (one for one in report.ratios if (one.column, one.baseline) == ("torch-compile-graph", "four-feature"))
+    assert ratio.low >= 3.3
+    (full,) = (run.kinds["full"] for run in report.columns["torch-compile-graph"].runs if run.policy == "none")
+    (compiled,) = report.columns["eager-compile-graph"].runs
+    assert full.times.p50_ms <= 1.05 * compiled.kinds["full"].times.p50_ms
 
 
 def test_the_gpu_tables_equal_the_measurement() -> None:
