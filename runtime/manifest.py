@@ -12,7 +12,7 @@ from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import DType, ModelShape, TensorSpec, TensorType
 from dllm_export.graphs.families import SamplerDefaults, SpecialTokens
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 * 2**20
 
