@@ -77,6 +77,8 @@ class ModelShape:
     mlp_kind: MlpKind = "swiglu"
     block: int = 0
     """Rows of a block, where a row sees its own block and those before it; 0 where every row sees all."""
+    block_anchor: Literal["prompt", "response"] = "prompt"
+    """Which one a block begins with: blocks are counted from the first token on, or from the first mask both ways."""
     conditioning: int = 0
     """Width of what the time conditions norms and gates by in every step; 0 where a model does not see the time."""
     uniform_noise: bool = False

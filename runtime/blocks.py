@@ -16,11 +16,15 @@ def number_blocks(visible: NDArray[np.bool_], length: int) -> NDArray[np.int32]:
     return numbers
 
 
-def fill_blocks(prompt: int, gen_length: int, length: int) -> tuple[int, int]:
+def fill_blocks(prompt: int, gen_length: int, length: int, anchor: str = "prompt") -> tuple[int, int]:
     """(rows of the prompt's full blocks, rows of the blocks after them) for a prompt and what is generated after it.
 
     Blocks are counted from the prompt's first token. What the prompt has beyond its full blocks lies in the first block that
-    is decided, and the last block is decided to its end, past `gen_length`, as the published loops of SDAR and LLaDA2 do.
+    is decided. With the anchor `response` a block begins with the first mask instead, and the prompt's first block may have
+    padding in front, which counts among its rows. The last block is decided to its end, past `gen_length`, as the published
+    loops of SDAR and LLaDA2 do.
     """
+    if anchor == "response":
+        return -(-prompt // length) * length, -(-gen_length // length) * length
     full = prompt // length * length
     return full, -(-(prompt - full + gen_length) // length) * length

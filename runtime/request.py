@@ -91,17 +91,20 @@ def continue_blocks(
 ) -> Request:
     """Prompts followed by masks to the end of a block, for a model that attends by blocks; `length` tokens are wanted.
 
-    All sequences have their blocks in the same columns: they are padded by whole blocks.
+    All sequences have their blocks in the same columns: they are padded by whole blocks, or in front of the prompt's first
+    one where blocks are counted from the response.
     """
     block = options.block_length or shape.block
     wanted = -(-length // block) * block
     schedule = make_schedule(wanted, block, options.steps or wanted)
-    rows = max(fill_blocks(len(prompt), length, block)[1] for prompt in prompts)
+    filled = [fill_blocks(len(prompt), length, block, shape.block_anchor) for prompt in prompts]
+    rows, width = max(rows for _, rows in filled), 0
     canvases = []
-    for prompt in prompts:
-        full, _ = fill_blocks(len(prompt), length, block)
-        canvases.append([*prompt, *[tokens.mask] * (full + rows - len(prompt))])
-    request = make_request(canvases, replace(schedule, gen_length=rows), shape, tokens)
+    for prompt, (full, _) in zip(prompts, filled, strict=True):
+        masks = full + rows - len(prompt) if shape.block_anchor == "prompt" else rows
+        canvases.append([*prompt, *[tokens.mask] * masks])
+        width = max(width, full + rows)
+    request = make_request(canvases, replace(schedule, gen_length=rows), shape, tokens, width)
     return replace(request, wanted=length)
 
 
@@ -130,10 +133,14 @@ def infilling(
 
 
 def make_request(
-    canvases: Sequence[Sequence[int]], schedule: Schedule, shape: ModelShape, tokens: SpecialTokens
+    canvases: Sequence[Sequence[int]],
+    schedule: Schedule,
+    shape: ModelShape,
+    tokens: SpecialTokens,
+    least_width: int = 0,
 ) -> Request:
-    """Left-pad to one length and check it."""
-    width = max(len(canvas) for canvas in canvases)
+    """Left-pad to one length, at least `least_width`, and check it."""
+    width = max(least_width, *(len(canvas) for canvas in canvases))
     if width > shape.max_length:
         raise UsageError(
             f"the text is {width} tokens long, masks included, but the model was trained for {shape.max_length}"

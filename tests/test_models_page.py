@@ -66,6 +66,14 @@ def by_blocks(family: str, *variants: str) -> dict[str, tuple[str, ...]]:
     return {**stock(family, *variants), "generation": generated, "policies": generated}
 
 
+def anchored(base: str) -> dict[str, tuple[str, ...]]:
+    """The same for a family whose blocks are counted from the response; logits are compared within the test."""
+    generated = (f"{V2}test_a_generation_of_a2d_by_blocks_is_the_published_loop_token_for_token[{base}]",)
+    verified = (f"{V2}test_a2d_by_blocks_is_exported_and_its_graphs_verify",)
+    engines = (f"{ENGINES}[blocks-bfloat16]",)
+    return {"logits": generated, "generation": generated, "policies": generated, "graphs": verified, "engines": engines}
+
+
 def mixture(family: str, case: str = "") -> dict[str, tuple[str, ...]]:
     """Evidence for a family with experts; `case` is its name in tests of the experts' own formulas."""
     return {
@@ -97,6 +105,8 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "a2d-qwen3": stock("a2d-qwen3", "qk_norm"),
     "a2d-qwen2": stock("a2d-qwen2", "bias"),
     "a2d-llama": stock("a2d-llama", "gqa"),
+    "a2d-qwen3-bd3lm": anchored("a2d-qwen3"),
+    "a2d-qwen2-bd3lm": anchored("a2d-qwen2"),
     "dream": stock("dream", "dream"),
     "open-dcoder": stock("open-dcoder", "dream"),
     "diffullama": stock("diffullama", "gqa"),

@@ -102,6 +102,7 @@ def print_manifest(bundle: Path, manifest: Manifest, mask: str | None) -> None:
     """The same for a person: facts, then graphs, engines and files."""
     shape, tokens = manifest.shape, asdict(manifest.tokens)
     chat = manifest.tokenizer is not None and manifest.tokenizer.chat_template is not None
+    counted = " from the response on" if shape.block_anchor == "response" else ""
     print_pairs(
         (
             ("bundle", f"{bundle}  (format {manifest.format}, opset {manifest.opset})"),
@@ -112,7 +113,11 @@ def print_manifest(bundle: Path, manifest: Manifest, mask: str | None) -> None:
                 f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads ({shape.kv_heads} key/value)",
             ),
             ("", f"mlp {shape.mlp}, vocabulary {shape.vocab}, at most {shape.max_length} tokens"),
-            *((("attention", f"by blocks of {shape.block} rows: --policy block is exact"),) if shape.block else ()),
+            *(
+                (("attention", f"by blocks of {shape.block} rows{counted}: --policy block is exact"),)
+                if shape.block
+                else ()
+            ),
             ("tokens", ", ".join(f"{name} {number}" for name, number in tokens.items() if number is not None)),
             ("mask text", mask or "no tokenizer: prompts are token ids"),
             ("chat", "--chat works" if chat else "no chat template"),

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dllm_export.graphs.families.family import Family, Marks, ModelConfig, SamplerDefaults, Source, TensorNames
+from dllm_export.graphs.families.family import (
+    Family,
+    Marks,
+    ModelConfig,
+    SamplerDefaults,
+    Source,
+    TensorNames,
+    confirm_never,
+)
 from dllm_export.graphs.families.huggingface import NAMES, HuggingFaceLayout
 from dllm_export.graphs.families.special_tokens import ReleasedTokens
 
@@ -19,11 +27,6 @@ OPEN_DCODER_LAYOUT = HuggingFaceLayout(
     tied_head=True,
     shift=True,
 )
-
-
-def confirm_never(source: Source) -> bool:
-    """Nothing in its files tells it from Qwen2."""
-    return False
 
 
 OPEN_DCODER = Family(

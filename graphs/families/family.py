@@ -164,6 +164,11 @@ def confirm_always(source: Source) -> bool:
     return True
 
 
+def confirm_never(source: Source) -> bool:
+    """For families whose files look like another's, so that the user names them."""
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
     """How a checkpoint shows its family. The architecture counts before the model type."""

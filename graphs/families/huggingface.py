@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dllm_export.errors import CheckpointError
 from dllm_export.graphs.families.family import (
@@ -84,6 +84,8 @@ class HuggingFaceLayout:
     """Rows of a block where the configuration states none, of families that attend by blocks; 0 for the others."""
     block_key: str = "block_size"
     """Key of the length of a block."""
+    block_anchor: Literal["prompt", "response"] = "prompt"
+    """Which one a block begins with."""
     rotates_in_part: bool = False
     """Whether partial_rotary_factor is read, and not refused."""
 
@@ -171,6 +173,7 @@ class HuggingFaceLayout:
             rope_float32=False,
             rope_fraction=fraction,
             block=read_size(raw, self.block_key, self.block) if self.block else 0,
+            block_anchor=self.block_anchor,
             experts=experts,
             qkv_bias=self._has(source, "q_bias"),
             qk_norm=self._has(source, "q_norm"),

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -506,6 +507,96 @@ def test_kept_blocks_are_exact_for_a_model_that_predicts_the_next_token_with_eve
             for policy in (NoCache(), BlockCache())
         ]
     assert texts[0] == texts[1]
+
+
+def plain_padded_blocks(network: Any, prompt: list[int], length: int, block: int, steps: int) -> tuple[list[int], int]:
+    """A2D's loop for its bd3lm checkpoints: the prompt is padded on the left to whole blocks, which are counted with the pads.
+
+    Positions count tokens alone. Pads see only themselves, so that their rows are numbers; nobody sees them.
+    """
+    pads, passes = -len(prompt) % block, 0
+    canvas = np.array([*[END] * pads, *prompt, *[MASK] * length])
+    number, real = np.arange(len(canvas)) // block, np.arange(len(canvas)) >= pads
+    seen = (number[None, :] <= number[:, None]) & real[None, :] & real[:, None] | np.eye(len(canvas), dtype=bool)
+    for start in range(pads + len(prompt), len(canvas), block):
+        rows, end = np.arange(start, start + block), start + block
+        for step in range(steps):
+            with torch.no_grad():
+                logits = network(
+                    torch.from_numpy(canvas[None, :end]), use_cache=False,
+                    position_ids=torch.from_numpy(np.maximum(np.arange(end) - pads, 0))[None],
+                    attention_mask=torch.from_numpy(np.where(seen[:end, :end], 0.0, -np.inf))[None, None],
+                ).logits[0].numpy()[rows]  # fmt: skip
+            logits[:, MASK] = -np.inf
+            chances = np.exp(logits - logits.max(-1, keepdims=True))
+            sure = np.where(canvas[rows] == MASK, chances.max(-1) / chances.sum(-1), -1)
+            chosen = np.argsort(-sure, kind="stable")[: block // steps + (step < block % steps)]
+            canvas[rows[chosen]], passes = logits[chosen].argmax(-1), passes + 1
+    return [int(token) for token in canvas[pads + len(prompt) :]], passes
+
+
+@pytest.mark.parametrize("base", ["a2d-qwen3", "a2d-qwen2"])
+def test_a_generation_of_a2d_by_blocks_is_the_published_loop_token_for_token(
+    base: str, published: dict[str, Path], tmp_path: Path
+) -> None:
+    family, length, block = f"{base}-bd3lm", 12, 4
+    bundle = export(published[base], tmp_path / "bundle", ExportOptions(no_tokenizer=True, family=family))
+    shape, sampler = bundle.manifest.shape, bundle.manifest.sampler
+    assert (bundle.manifest.family, shape.block, shape.block_anchor, sampler.transfer) == (
+        family,
+        32,
+        "response",
+        "quota",
+    )
+    tokens = draw_tokens()[:, : shape.block]
+    np.testing.assert_allclose(
+        logits_of(bundle, tokens), open_published(published[base], base)(tokens), rtol=0, atol=CLOSE
+    )
+    network = open_network(published[base], base)
+    for steps in (4, 3):
+        plain = [plain_padded_blocks(network, prompt, length, block, steps) for prompt in PROMPTS]
+        expected = [tokens for tokens, _ in plain]
+        assert len({token for tokens in expected for token in tokens}) > 5
+        options = GenerationOptions(gen_length=length, block_length=block, steps=steps * 3)
+        for provider, policy in product(("torch", "onnxruntime"), (NoCache(), BlockCache(), DualCache())):
+            with open_model(bundle, provider) as model:
+                for prompt, (tokens_alone, passes) in zip(PROMPTS, plain, strict=True):
+                    (alone,) = model.run(model.continuation([prompt], options), options, policy, Quota())
+                    assert (list(alone.tokens), alone.passes) == (tokens_alone, passes), (provider, policy.name)
+                together = model.run(model.continuation(PROMPTS, options), options, policy, Quota())
+            assert [list(result.tokens) for result in together] == expected, (provider, policy.name)
+    longer = GenerationOptions(gen_length=length - 1, block_length=block)
+    with open_model(bundle, "torch") as model:
+        results = model.run(model.continuation(PROMPTS, longer), longer, BlockCache(), Quota())
+    assert {len(result.tokens) for result in results} == {length - 1}
+
+
+def test_a2d_by_blocks_is_exported_and_its_graphs_verify(published: dict[str, Path], tmp_path: Path) -> None:
+    bundle = export(
+        published["a2d-qwen3"], tmp_path / "bundle", ExportOptions(no_tokenizer=True, family="a2d-qwen3-bd3lm")
+    )
+    assert verify(bundle, SessionOptions(provider="onnxruntime", threads=1)).passed
+
+
+def test_blocks_that_are_counted_from_the_prompt_would_be_other_tokens(
+    published: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the test above would see if the anchor were the other one."""
+    options = ExportOptions(no_tokenizer=True, family="a2d-qwen3-bd3lm")
+    bundle, settings = (
+        export(published["a2d-qwen3"], tmp_path / "bundle", options),
+        GenerationOptions(gen_length=12, block_length=4),
+    )
+    shape = replace(bundle.manifest.shape, block_anchor="prompt")
+    moved = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, shape=shape))
+    texts = []
+    for one in (bundle, moved):
+        with open_model(one, "torch") as model:
+            texts.append(
+                [result.tokens for result in model.run(model.continuation(PROMPTS, settings), settings, NoCache())]
+            )
+    assert texts[0][1] == texts[1][1], "a prompt of whole blocks is the same either way"
+    assert texts[0] != texts[1]
 
 
 @every_block_family

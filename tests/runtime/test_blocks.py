@@ -83,6 +83,14 @@ def test_blocks_are_counted_from_the_first_token_and_hold_all_that_is_asked_for(
     assert prompt + length <= full + rows < prompt + length + block
 
 
+@given(prompt=st.integers(1, 60), length=st.integers(1, 60), block=st.integers(1, 16))
+def test_blocks_that_are_counted_from_the_response_begin_with_it(prompt: int, length: int, block: int) -> None:
+    full, rows = fill_blocks(prompt, length, block, "response")
+    assert full % block == rows % block == 0
+    assert prompt <= full < prompt + block
+    assert length <= rows < length + block
+
+
 def test_padding_comes_after_every_block() -> None:
     visible = np.arange(12) >= np.array([[0], [4]])
     assert number_blocks(visible, 4).tolist() == [[0] * 4 + [1] * 4 + [2] * 4, [12] * 4 + [1] * 4 + [2] * 4]
