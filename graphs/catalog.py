@@ -52,7 +52,7 @@ class GraphSpec:
 
 
 HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn"]
-"""What a decoding rule may take its statistics from; all take the guidance residual, times 0 where guidance is off."""
+"""What a decoding rule may take its statistics from; all add a guidance residual, times 0 where there is none."""
 
 NORM1 = ("norm1", "norm1_bias", "norm1_modulation", "norm1_modulation_bias")
 PROJECTIONS = (*NORM1, "qk", "v", "qk_bias", "v_bias", "q_norm", "k_norm")
@@ -459,7 +459,13 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             (rows("guidance_out", "X", d),),
             steps.guidance,
         ),
-        GraphSpec("head", guided, classifier, statistics, partial(heads.head, top=top)),
+        GraphSpec(
+            "head",
+            (*guided, positions("given", "Q")),
+            classifier,
+            (*statistics, per_row("probability")),
+            partial(heads.head, top=top),
+        ),
         GraphSpec(
             "head_tracked",
             (*guided, every_token("distribution")),
@@ -477,13 +483,6 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             classifier,
             (*statistics, every_token("credit_out")),
             partial(heads.head_credited, top=top),
-        ),
-        GraphSpec(
-            "head_given",
-            (*candidates, positions("token", "Q")),
-            classifier,
-            (per_row("probability"),),
-            heads.head_given,
         ),
         GraphSpec(
             "head_drawn",

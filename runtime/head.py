@@ -66,6 +66,7 @@ class Head:
         self._buffers: dict[tuple[str, int], Buffer] = {}
         self._programs: dict[tuple[object, ...], Program] = {}
         self._bias: dict[frozenset[int], Buffer] = {}
+        self._unguided: dict[tuple[int, ...], tuple[Buffer, Buffer]] = {}
         dims = (request.batch, request.response_rows, shape.hidden)
         self.guidance = session.allocate(dims, "compute")
         self._scale = session.allocate((1,), "compute")
@@ -77,17 +78,22 @@ class Head:
 
     def prepare(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Program:
         """The program for candidate rows `index` [B, Q] of `hidden` [B, R, D]; `banned` tokens are never proposed."""
+        return self._prepare_plain(hidden, index, banned, self.guidance, self._scale)
+
+    def _prepare_plain(
+        self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int], guidance: Buffer, scale: Buffer
+    ) -> Program:
         count = index.shape[1]
         self._output("index", count).write(index)
-        key: tuple[object, ...] = (id(hidden), count, banned)
+        key: tuple[object, ...] = ("head", id(hidden), count, banned)
         if key not in self._programs:
             tensors = {
                 "hidden": hidden,
                 **self._shared,
                 "bias": self._bias_buffer(banned),
-                "guidance": self.guidance,
-                "cfg_scale": self._scale,
-                **{name: self._output(name, count) for name in ("index", *STATISTICS)},
+                "guidance": guidance,
+                "cfg_scale": scale,
+                **{name: self._output(name, count) for name in ("index", "given", *STATISTICS, "probability")},
             }
             self._programs[key] = self._session.prepare([GraphCall("head", None, tensors)])
         return self._programs[key]
@@ -127,16 +133,15 @@ class Head:
     def prepare_given(
         self, hidden: Buffer, index: NDArray[np.int32], tokens: NDArray[np.int32], banned: frozenset[int]
     ) -> Program:
-        """The program that asks rows `index` [B, Q] of `hidden` [B, X, D] for the probabilities of `tokens` [B, Q]."""
-        count = index.shape[1]
-        self._output("index", count).write(index)
-        self._output("token", count).write(tokens)
-        key = ("head_given", id(hidden), count, banned)
-        if key not in self._programs:
-            named = {name: self._output(name, count) for name in ("index", "token", "probability")}
-            given = {"hidden": hidden, **self._shared, "bias": self._bias_buffer(banned)}
-            self._programs[key] = self._session.prepare([GraphCall("head_given", None, {**given, **named})])
-        return self._programs[key]
+        """The program that asks rows `index` [B, Q] of `hidden` [B, X, D] for the probabilities of `tokens` [B, Q].
+
+        Guidance has no residual of other rows than the response's, so that these have none.
+        """
+        self._output("given", index.shape[1]).write(tokens)
+        if hidden.dims not in self._unguided:
+            residual, scale = (self._session.allocate(dims, "compute") for dims in (hidden.dims, (1,)))
+            self._unguided[hidden.dims] = residual, scale
+        return self._prepare_plain(hidden, index, banned, *self._unguided[hidden.dims])
 
     def read_given(self, count: int) -> NDArray[np.float32]:
         """The probabilities [B, Q] of the last run of `prepare_given` with this many rows."""
@@ -192,7 +197,7 @@ class Head:
                 dims = (*dims, self._shape.vocab)
             if name == "uniform":
                 dims = (*dims, 2)
-            type: TensorType = "int32" if name in ("index", "token", "top_tokens", "drawn") else "float32"
+            type: TensorType = "int32" if name in ("index", "token", "given", "top_tokens", "drawn") else "float32"
             self._buffers[name, count] = self._session.allocate(dims, type)
         return self._buffers[name, count]
 

@@ -153,6 +153,7 @@ def decode(
         "norm": weights["norm"].to(dtype),
         "head": weights["head"].to(dtype),
         "bias": torch.zeros(shape.vocab, device=device),
+        "cfg_scale": torch.zeros(1, device=device, dtype=dtype),
     }
     layer = layer_runner(shape)
     for first in range(width, width + length, block):
@@ -161,7 +162,8 @@ def decode(
         for _ in places:
             hidden = run_layers(shape, weights, tokens, start, layer=layer, dtype=dtype)
             top = min(TOP_TOKENS, shape.vocab)
-            found = head(TorchOps(), shape, {"hidden": hidden, "index": index, **constants}, top=top)
+            inputs = {"hidden": hidden, "index": index, "guidance": torch.zeros_like(hidden), "given": index * 0}
+            found = head(TorchOps(), shape, {**inputs, **constants}, top=top)
             sure = torch.where(tokens[:, places] == MASK, found["confidence"], -1.0).argmax(dim=1)
             tokens[every, places[sure]] = found["token"][every, sure]
     answers = tokens[:, width:]
