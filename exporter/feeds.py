@@ -47,7 +47,7 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "budget": np.array([LENGTH if graph == "layer_compact" else BUDGET], np.int64),
         "kept": columns < LENGTH - padding,
         "shown": np.arange(RESPONSE) >= padding,
-        "token": rng.integers(0, shape.vocab, (BATCH, BUDGET)).astype(np.int32),
+        "given": rng.integers(0, shape.vocab, (BATCH, BUDGET)).astype(np.int32),
         "forced": rng.random((BATCH, rows)) < 0.1,
         "bias": np.zeros(shape.vocab),
         "cfg_scale": np.array([1.5]),

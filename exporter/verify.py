@@ -151,7 +151,10 @@ def check_probe(bundle: Bundle, session: Session, label: str, tolerance: float, 
         expected[f"layer {layer}"] = states[None, layer + 1] - hidden
     yield _compare(f"probe {label}: layers", results, expected, tolerance, spared=spared)
     index = np.arange(rows, dtype=np.int32)[None]
-    head = run("head", None, {"hidden": states[None, -1], "index": index, "bias": np.zeros(shape.vocab), **timed})
+    hidden = states[None, -1]
+    unguided: dict[str, Array] = {"guidance": np.zeros_like(hidden), "cfg_scale": np.zeros(1)}
+    asked: dict[str, Array] = {"index": index, "given": np.zeros_like(index), "bias": np.zeros(shape.vocab)}
+    head = run("head", None, {"hidden": hidden, **asked, **unguided, **timed})
     count = probe.view("top_logits").shape[1]
     logits = {"logits": head["top_logits"][..., :count]}
     yield _compare(f"probe {label}: head", logits, {"logits": probe.view("top_logits")[None]}, tolerance)

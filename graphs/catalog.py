@@ -472,7 +472,13 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             (rows("guidance_out", "X", d),),
             steps.guidance,
         ),
-        GraphSpec("head", guided, classifier, statistics, partial(heads.head, top=top)),
+        GraphSpec(
+            "head",
+            (*guided, positions("given", "Q")),
+            classifier,
+            (*statistics, per_row("probability")),
+            partial(heads.head, top=top),
+        ),
         GraphSpec(
             "head_tracked",
             (*guided, every_token("distribution")),
@@ -490,13 +496,6 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             classifier,
             (*statistics, every_token("credit_out")),
             partial(heads.head_credited, top=top),
-        ),
-        GraphSpec(
-            "head_given",
-            (*candidates, positions("token", "Q")),
-            classifier,
-            (per_row("probability"),),
-            heads.head_given,
         ),
         GraphSpec(
             "head_drawn",

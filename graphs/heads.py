@@ -12,7 +12,7 @@ from typing import Generic
 
 from dllm_export.graphs.drawing import draw_token
 from dllm_export.graphs.layers import normalize
-from dllm_export.graphs.long_rows import max_row, sum_row
+from dllm_export.graphs.long_rows import sum_row
 from dllm_export.graphs.ops import Ops, T
 from dllm_export.graphs.shape import ModelShape
 
@@ -41,13 +41,15 @@ def head(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dic
 
     `index` names the candidates among the alive rows; `bias` [V] is added to the logits (-1e30 bans a token);
     `guidance` times `cfg_scale` is the guidance residual, 0 without guidance. Confidence, entropy (nats) and logsumexp are of
-    the softmax at temperature 1; margin is the probability gap of the two best tokens.
+    the softmax at temperature 1; margin is the probability gap of the two best tokens, `probability` that of the `given` token.
     """
     product = _classify(ops, shape, t)
     with ops.scope("statistics"):
         logits = _logits(ops, shape, product, t)
         likeliest = _likeliest(ops, logits, top)
-        return _statistics(ops, shape, likeliest, _softmax(ops, shape, logits, likeliest.logit))
+        statistics = _statistics(ops, shape, likeliest, _softmax(ops, shape, logits, likeliest.logit))
+        given = _logit_of(ops, logits, t["given"])
+        return {**statistics, "probability": ops.exp(ops.sub(given, statistics["logsumexp"]))}
 
 
 def head_tracked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
@@ -99,18 +101,6 @@ def head_credited(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: in
         return {**_statistics(ops, shape, likeliest, softmax), "credit_out": credit}
 
 
-def head_given(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
-    """Candidate rows to the probability of a given `token` in each, by the softmax that `head` takes confidence from."""
-    product = _classify(ops, shape, t)
-    with ops.scope("statistics"):
-        logits = _logits(ops, shape, product, t)
-        softmax = _softmax(ops, shape, logits, max_row(ops, logits, shape.vocab))
-        tokens = ops.positions(ops.unsqueeze(t["bias"], 0))
-        given = ops.matches(ops.unsqueeze(t["token"], 2), tokens)
-        weight = sum_row(ops, ops.where(given, softmax.weights, ops.fill(softmax.weights, 0.0)), shape.vocab)
-        return {"probability": ops.div(weight, softmax.total)}
-
-
 def head_drawn(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
     """`head`, and a token drawn from the whole distribution of each row.
 
@@ -123,8 +113,8 @@ def head_drawn(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) 
         softmax = _softmax(ops, shape, logits, likeliest.logit)
         weights = ops.exp(ops.mul(softmax.shifted, t["sharpness"]))
         drawn = draw_token(ops, weights, shape.vocab, t["uniform"])
-        drawn_logit = ops.column(ops.take_last(logits, ops.unsqueeze(drawn, 2)), 0)
-        return {**_statistics(ops, shape, likeliest, softmax), "drawn": drawn, "drawn_logit": drawn_logit}
+        found = {"drawn": drawn, "drawn_logit": _logit_of(ops, logits, drawn)}
+        return {**_statistics(ops, shape, likeliest, softmax), **found}
 
 
 def head_moved(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
@@ -177,8 +167,12 @@ def _likeliest(ops: Ops[T], logits: T, top: int) -> Likeliest[T]:
     return Likeliest(top_logits, top_tokens, ops.column(top_logits, 0))
 
 
+def _logit_of(ops: Ops[T], logits: T, token: T) -> T:  # [B, Q, V], [B, Q] -> [B, Q]
+    return ops.column(ops.take_last(logits, ops.unsqueeze(token, 2)), 0)
+
+
 def _softmax(ops: Ops[T], shape: ModelShape, logits: T, largest: T) -> Softmax[T]:
-    """`largest` [B, Q] are the rows' largest logits: the first of the likeliest, where those are asked for anyway."""
+    """`largest` [B, Q] are the rows' largest logits."""
     shifted = ops.sub(logits, ops.unsqueeze(largest, 2))
     weights = ops.exp(shifted)
     total = sum_row(ops, weights, shape.vocab)

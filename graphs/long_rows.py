@@ -1,4 +1,4 @@
-"""Sums and maxima of rows as long as a vocabulary, in two stages: over tiles of neighbouring places, then over the tiles.
+"""Sums of rows as long as a vocabulary, in two stages: over tiles of neighbouring places, then over the tiles.
 
 A compiler runs one reduction over so long a row as two kernels and none beside another. Short ones it fuses with what makes
 their numbers and with each other, so that a row is read once for all of them. The rounding error of a sum is smaller, too.
@@ -24,11 +24,3 @@ def sum_row(ops: Ops[T], x: T, count: int) -> T:  # [B, Q, V], V -> [B, Q]
     if width == count:
         return ops.sum(x, keep=False)
     return ops.sum(ops.sum(ops.split_heads(x, count // width, width), keep=False), keep=False)
-
-
-def max_row(ops: Ops[T], x: T, count: int) -> T:  # [B, Q, V], V -> [B, Q]
-    """Largest number of each row."""
-    width = tile_width(count)
-    if width == count:
-        return ops.max(x, keep=False)
-    return ops.max(ops.max(ops.split_heads(x, count // width, width), keep=False), keep=False)

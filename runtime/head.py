@@ -22,7 +22,7 @@ MOVED = ("divergence", "similarity")
 DRAWN = ("drawn", "drawn_logit")
 """What `head_drawn` and `head_moved` give beside the statistics."""
 
-INTEGERS = frozenset({"index", "token", "present", "top_tokens", "drawn"})
+INTEGERS = frozenset({"index", "token", "given", "present", "top_tokens", "drawn"})
 """Tensors of candidates that hold places or token ids."""
 
 STEP = 32
@@ -72,6 +72,7 @@ class Head:
         self._buffers: dict[tuple[str, int], Buffer] = {}
         self._programs: dict[tuple[object, ...], Program] = {}
         self._bias: dict[frozenset[int], Buffer] = {}
+        self._unguided: dict[tuple[int, ...], tuple[Buffer, Buffer]] = {}
         dims = (request.batch, request.response_rows, shape.hidden)
         self.guidance = session.allocate(dims, "compute")
         self._scale = session.allocate((1,), "compute")
@@ -83,17 +84,22 @@ class Head:
 
     def prepare(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Program:
         """The program for candidate rows `index` [B, Q] of `hidden` [B, R, D]; `banned` tokens are never proposed."""
+        return self._prepare_plain(hidden, index, banned, self.guidance, self._scale)
+
+    def _prepare_plain(
+        self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int], guidance: Buffer, scale: Buffer
+    ) -> Program:
         count = index.shape[1]
         self._output("index", count).write(index)
-        key: tuple[object, ...] = (id(hidden), count, banned)
+        key: tuple[object, ...] = ("head", id(hidden), count, banned)
         if key not in self._programs:
             tensors = {
                 "hidden": hidden,
                 **self._shared,
                 "bias": self._bias_buffer(banned),
-                "guidance": self.guidance,
-                "cfg_scale": self._scale,
-                **{name: self._output(name, count) for name in ("index", *STATISTICS)},
+                "guidance": guidance,
+                "cfg_scale": scale,
+                **{name: self._output(name, count) for name in ("index", "given", *STATISTICS, "probability")},
             }
             self._programs[key] = self._session.prepare([GraphCall("head", None, tensors)])
         return self._programs[key]
@@ -133,16 +139,15 @@ class Head:
     def prepare_given(
         self, hidden: Buffer, index: NDArray[np.int32], tokens: NDArray[np.int32], banned: frozenset[int]
     ) -> Program:
-        """The program that asks rows `index` [B, Q] of `hidden` [B, X, D] for the probabilities of `tokens` [B, Q]."""
-        count = index.shape[1]
-        self._output("index", count).write(index)
-        self._output("token", count).write(tokens)
-        key = ("head_given", id(hidden), count, banned)
-        if key not in self._programs:
-            named = {name: self._output(name, count) for name in ("index", "token", "probability")}
-            given = {"hidden": hidden, **self._shared, "bias": self._bias_buffer(banned)}
-            self._programs[key] = self._session.prepare([GraphCall("head_given", None, {**given, **named})])
-        return self._programs[key]
+        """The program that asks rows `index` [B, Q] of `hidden` [B, X, D] for the probabilities of `tokens` [B, Q].
+
+        Guidance has no residual of other rows than the response's, so that these have none.
+        """
+        self._output("given", index.shape[1]).write(tokens)
+        if hidden.dims not in self._unguided:
+            residual, scale = (self._session.allocate(dims, "compute") for dims in (hidden.dims, (1,)))
+            self._unguided[hidden.dims] = residual, scale
+        return self._prepare_plain(hidden, index, banned, *self._unguided[hidden.dims])
 
     def read_given(self, count: int) -> NDArray[np.float32]:
         """The probabilities [B, Q] of the last run of `prepare_given` with this many rows."""

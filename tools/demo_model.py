@@ -143,6 +143,7 @@ def decode(
         "norm": weights["norm"].to(dtype),
         "head": weights["head"].to(dtype),
         "bias": torch.zeros(shape.vocab, device=device),
+        "cfg_scale": torch.zeros(1, device=device, dtype=dtype),
     }
     layer, top, block = layer_runner(shape), min(TOP_TOKENS, shape.vocab), shape.block or block
     first = columns - length - max(tails)
@@ -151,7 +152,8 @@ def decode(
         index = (places - int(shape.shift)).to(torch.int32).expand(len(rows), -1)
         for _ in places:
             hidden = run_layers(shape, weights, tokens, view, layer=layer, dtype=dtype)
-            found = head(TorchOps(), shape, {"hidden": hidden, "index": index, **constants}, top=top)
+            inputs = {"hidden": hidden, "index": index, "guidance": torch.zeros_like(hidden), "given": index * 0}
+            found = head(TorchOps(), shape, {**inputs, **constants}, top=top)
             masked = tokens[:, places] == MASK
             sure = torch.where(masked, found["confidence"], -1.0).argmax(dim=1)
             decided = torch.where(masked[every, sure], found["token"][every, sure], tokens[every, places[sure]])

@@ -50,7 +50,7 @@ CALLED_WITH: Mapping[str, str] = {
     "head_tracked": "--transfer klass",
     "head_credited": "--transfer credit",
     "head_drawn": "--transfer ddpm --temperature 1",
-    **dict.fromkeys(("layer_shadow", "head_given"), "--transfer wino"),
+    "layer_shadow": "--transfer wino",
 }
 """Flags with which a generation of a few steps calls a graph; the others are called by every generation."""
 

@@ -104,7 +104,7 @@ def test_all_engines_of_the_8b_shape_are_small(dtype: DType, llada_8b: ModelShap
         )[0]
         for name, spec in graph_specs(llada_8b).items()
     }
-    # Twenty graphs for two capabilities, by the number of their kernels (docs/tensorrt.md).
+    # Nineteen graphs for two capabilities, by the number of their kernels (docs/tensorrt.md).
     assert max(map(len, plans.values())) < 2_500_000
     assert sum(map(len, plans.values())) < 20_000_000
 

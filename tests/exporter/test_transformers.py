@@ -162,7 +162,8 @@ def logits_of(bundle: Bundle, tokens: Array) -> Array:  # [B, T] -> [B, T, V]
         blocks = {"block": number_blocks(mask, shape.block)} if shape.block else {}
         hidden = run("layer_full", layer, hidden=hidden, cos=cos, sin=sin, mask=mask, **blocks)["hidden_out"]
     index = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    out = run("head", hidden=hidden, index=index, bias=np.zeros(shape.vocab, np.float32))
+    nothing = {"bias": np.zeros(shape.vocab, np.float32), "guidance": np.zeros_like(hidden), "cfg_scale": np.zeros(1)}
+    out = run("head", hidden=hidden, index=index, given=np.zeros_like(index), **nothing)
     logits = np.empty((batch, length, shape.vocab))
     np.put_along_axis(logits, out["top_tokens"].astype(np.int64), out["top_logits"], axis=-1)
     return logits

@@ -87,7 +87,7 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "kept": np.arange(sizes["Q"]) < np.array([[sizes["Q"]], [alive + (sizes["Q"] - alive) // 2]]),
         "forced": rng.random((SIZES["B"], alive)) < 0.15,
         "shown": rng.random((SIZES["B"], sizes["Q"])) < 0.7,
-        "token": rng.integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),
+        "given": rng.integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),
         "cfg_scale": np.array([1.5]),
         "distribution": np.log(rng.dirichlet(np.ones(shape.vocab), (SIZES["B"], sizes["Q"]))),
         "credit": rng.random((SIZES["B"], sizes["Q"], shape.vocab)) * 3,

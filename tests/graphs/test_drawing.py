@@ -120,7 +120,7 @@ def test_the_head_draws_from_the_softmax_at_its_temperature(
 ) -> None:
     feeds = draw_feeds(shape, "head_drawn") | {"sharpness": np.array([sharpness])}
     found = run_graph(reading, shape, "head_drawn", feeds)
-    plain = run_graph(reading, shape, "head", feeds)
+    plain = run_graph(reading, shape, "head", feeds | {"given": found["drawn"]})
     np.testing.assert_array_equal(plain["top_tokens"], found["top_tokens"])
     logits = np.full((*found["drawn"].shape, shape.vocab), np.nan)
     for token in range(shape.vocab) if shape.vocab < 100 else np.unique(found["drawn"]):

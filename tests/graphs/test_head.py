@@ -185,11 +185,11 @@ def test_a_credited_head_gives_the_statistics_of_the_fused_logits(
 def test_a_given_token_has_its_probability_also_where_it_is_unlikely_or_banned(
     shape: ModelShape, reading: str, draw_feeds: DrawFeeds, run_graph: RunGraph
 ) -> None:
-    feeds = draw_feeds(shape, "head_given", Q=6)
-    feeds["token"][0] = [3, 0, shape.vocab - 1, 7, 7, 20]
+    feeds = draw_feeds(shape, "head", Q=6) | {"cfg_scale": np.zeros(1)}
+    feeds["given"][0] = [3, 0, shape.vocab - 1, 7, 7, 20]
     share = probabilities(logits_of(shape, feeds, feeds["hidden"]) + feeds["bias"])
-    expected = np.take_along_axis(share, feeds["token"][:, :, None].astype(np.int64), axis=2)[:, :, 0]
-    found = run_graph(reading, shape, "head_given", feeds)["probability"]
+    expected = np.take_along_axis(share, feeds["given"][:, :, None].astype(np.int64), axis=2)[:, :, 0]
+    found = run_graph(reading, shape, "head", feeds)["probability"]
     # float32: an error of the logits of a few 1e-6 is one of the probability's own size.
     np.testing.assert_allclose(found, expected, rtol=0 if reading == "float64" else 1e-4, atol=EXACT)
     assert feeds["bias"][3] < 0
@@ -201,6 +201,7 @@ def test_a_head_with_a_state_has_the_statistics_of_the_plain_one(
     graph: str, draw_feeds: DrawFeeds, run_graph: RunGraph
 ) -> None:
     feeds = draw_feeds(PLAIN, graph) | {"credit_weight": np.zeros(1)}
+    feeds["given"] = np.zeros(feeds["index"].shape, np.int32)
     found, expected = (run_graph("float64", PLAIN, name, feeds) for name in (graph, "head"))
     for name in STATISTICS:
         np.testing.assert_array_equal(found[name], expected[name])

@@ -88,6 +88,8 @@ def fill_tensors(bundle: Bundle, session: Session, spec: GraphSpec, sizes: Mappi
         "bias": np.zeros(bundle.manifest.shape.vocab),
         "index": np.arange(start, length, dtype=np.int32)[None, :],
         "tokens": np.zeros((1, alive), np.int32),
+        "cfg_scale": np.zeros(1),
+        "given": np.zeros((1, sizes.get("Q", 0)), np.int32),
     }
     if spec.name == "head":
         values["index"] = np.arange(sizes["Q"], dtype=np.int32)[None, :]
