@@ -87,6 +87,8 @@ class Transfer(Protocol):
     moves: ClassVar[bool] = False
     """Whether undecided rows hold tokens too, which every step draws anew: for models whose noise is other tokens. Such a rule
     takes `head_moved` and states `move_weights`."""
+    continuous: ClassVar[bool] = False
+    """Whether the rule moves vectors instead of choosing rows: for continuous models, which it alone is for."""
     extra_steps: ClassVar[int] = 0
     """Steps of a block beyond those of its schedule."""
 

@@ -373,6 +373,7 @@ EFFECTS = {
 TESTED_APART = {
     *("--prompt", "--prompt-file", "--prompt-ids", "--infill", "--chat"),
     *("--base", "--prefix-file", "--prefix-depth", "--prefix-profile", "--prefix-budget"),  # test_prefix_flags.py
+    "--score-temperature",  # of continuous models: runtime/test_plaid.py
     "--predictor",  # of models that see the noise level: runtime/test_time_families.py
     *("--watch", "--report", "--json", "--debug", "--device", "--captures", "--compile"),
 }
