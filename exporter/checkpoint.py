@@ -15,13 +15,19 @@ from safetensors import SafetensorError, safe_open
 
 from dllm_export.errors import CheckpointError, IntegrityError
 from dllm_export.exporter.json_file import read_json
+from dllm_export.exporter.plaid_files import read_sizes
 from dllm_export.exporter.token_files import find_token
-from dllm_export.graphs.families import ModelConfig, Source, detect_family, refuse_other_layouts
+from dllm_export.graphs.families import ModelConfig, Source, detect_family, detect_files
+from dllm_export.graphs.families.plaid import SCHEDULE_WIDTH
+from dllm_export.graphs.latents import LEVEL_WIDTH
 from dllm_export.graphs.steps import TIME_WIDTH
 from dllm_export.runtime.safetensors_file import read_header
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
 """Buffers that some checkpoints store and that are recomputed from the configuration, or that only training reads."""
+
+PICKLED = (".bin", ".pt")
+"""Files that are read with weights_only, where a checkpoint has no safetensors: .pt of families that publish nothing else."""
 
 FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,7 +53,7 @@ class Checkpoint:
             file = self.shards[name]
             if file not in open_files:
                 open_files[file] = _open_shard(self.path / file)
-            tensor = open_files[file][name] if file.endswith(".bin") else open_files[file].get_tensor(name)
+            tensor = open_files[file][name] if file.endswith(PICKLED) else open_files[file].get_tensor(name)
             if tensor.dtype not in FLOAT_TYPES or tensor.layout != torch.strided:
                 raise CheckpointError(
                     f"{file}: tensor '{name}' is {tensor.dtype}, expected plain floats; quantised weights cannot be exported"
@@ -78,13 +84,18 @@ def open_checkpoint(
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the local directory of a downloaded model")
-    if not (path / "config.json").is_file():
-        refuse_other_layouts(file.name for file in path.iterdir())
-    raw = read_json(path / "config.json")
-    shards, shapes = find_shards(path)
+    shown = None if (path / "config.json").is_file() else detect_files(file.name for file in path.iterdir())
+    if shown is None:
+        raw = read_json(path / "config.json")
+        shards, shapes = find_shards(path)
+    else:
+        shards, shapes = _read_shards(path, list(shown.marks.files), kept=True)
+        raw = read_sizes(shapes)
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(IGNORED_SUFFIXES)}
     finder = partial(find_token, tokenizer or path)
     source = Source(config=raw, tensors=frozenset(shapes), mask_id=mask_id, find_token=finder)
-    config = detect_family(source, family).read_config(source)
+    found = shown if shown is not None and family is None else detect_family(source, family)
+    config = found.read_config(source)
     expected = expected_tensors(config)
     spare = {config.names.head} & shapes.keys() if config.shape.tied_head else set()
     _compare(expected, {name: shape for name, shape in shapes.items() if name not in spare})
@@ -106,6 +117,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def add_indicator(config: ModelConfig, rank: int) -> ModelConfig:
     """The same model with a change indicator of this width, or as wide as a key if that is less."""
     shape = config.shape
+    rank = 0 if shape.latent else rank  # of no use where no feature is kept
     return replace(config, shape=replace(shape, indicator_rank=min(rank, shape.key_width, shape.hidden)))
 
 
@@ -133,6 +145,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "head_bias": (shape.vocab,), "norm_modulation": (2 * d, width), "norm_modulation_bias": (2 * d,),
         "time1": (width, TIME_WIDTH), "time1_bias": (width,), "time2": (width, width), "time2_bias": (width,),
     }  # fmt: skip
+    hidden, latent = SCHEDULE_WIDTH, shape.latent
+    others |= {
+        "latent_in": (d, latent), "estimate_in": (d, latent), "level_in": (d, LEVEL_WIDTH), "schedule_in": (hidden, 1),
+        "schedule_bias": (hidden,), "schedule_out": (1, hidden), "gamma_first": (), "gamma_last": (),
+    }  # fmt: skip
     experts = shape.experts
     if experts is not None:
         wide = {"gate": (experts.shared, d), "up": (experts.shared, d), "down": (d, experts.shared)}
@@ -148,7 +165,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 for expert in range(experts.count)
                 for slot, size in narrow.items()
             }
-    expected |= {names.embedding: (shape.vocab, d), names.norm: (d,)}
+    expected |= {names.embedding: (shape.vocab, latent or d), names.norm: (d,)}
     expected |= {name: others[slot] for slot, name in names.others.items()}
     return expected if shape.tied_head else {**expected, names.head: (shape.vocab, d)}
 
@@ -185,26 +202,26 @@ def find_shards(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
     )
 
 
-def _read_shards(path: Path, files: list[str]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+def _read_shards(path: Path, files: list[str], kept: bool = False) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     shards: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if not (path / file).is_file():
             raise CheckpointError(f"shard {file} is missing in {path}; download it again")
-        if file.endswith(".bin"):
+        if file.endswith(PICKLED):
             entries = {name: tuple(tensor.shape) for name, tensor in _open_shard(path / file).items()}
         else:
             entries = {name: entry.shape for name, entry in read_header(path / file).items()}
         for name, shape in entries.items():
             if name in shards:
                 raise CheckpointError(f"tensor '{name}' is in both {shards[name]} and {file}; remove one of them")
-            if not name.endswith(IGNORED_SUFFIXES):
+            if kept or not name.endswith(IGNORED_SUFFIXES):
                 shards[name], shapes[name] = file, shape
     return shards, shapes
 
 
 def _open_shard(path: Path) -> Any:
-    if path.suffix != ".bin":
+    if path.suffix not in PICKLED:
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -218,7 +235,8 @@ def _open_shard(path: Path) -> Any:
         ) from None
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise IntegrityError(f"{path.name} holds no plain table of tensors; save the model's state_dict")
-    return content
+    # Files of a family without shards are its parts, whose tensors may be called alike.
+    return content if path.suffix == ".bin" else {f"{path.stem}.{name}": tensor for name, tensor in content.items()}
 
 
 def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_export.graphs.latents import LEVEL_WIDTH
 from dllm_export.graphs.steps import TIME_WIDTH
 from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.bundle import Bundle
@@ -29,7 +30,7 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
     padding = np.array([0, PADDING])[:, None]
     cos, sin = rotary_tables(shape, np.maximum(columns - padding, 0))
     alive = np.tile(np.arange(PROMPT, LENGTH, dtype=np.int32), (BATCH, 1))
-    whole = graph.startswith(("layer_full", "layer_compact"))
+    whole = graph.startswith(("layer_full", "layer_compact", "head_latent"))
     placed = any(tensor.name in ("fresh", "shown") for tensor in spec.inputs)
     rows = LENGTH if whole else RESPONSE
     # Copies take rows of any sequence, counted through all, here into one.
@@ -61,6 +62,11 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "time": np.cos(np.linspace(0, 3, TIME_WIDTH) * np.array([[1.0], [2.0]])),
         "sharpness": np.array([1.0]),
         "present": np.random.default_rng(10).integers(0, shape.vocab, (BATCH, BUDGET)).astype(np.int32),
+        "latent": np.random.default_rng(11).standard_normal((BATCH, LENGTH, shape.latent)),
+        "estimate": np.random.default_rng(12).standard_normal((BATCH, LENGTH, shape.latent)) * 0.25,
+        "level": np.cos(np.linspace(0, 3, LEVEL_WIDTH) * np.array([[1.0], [2.0]])),
+        "latent_scale": np.array([1.2]),
+        "pull": np.array([0.9]),
         "moves": np.array([0.02, 0.0004, 0.9, 0.02]),
         "uniform": np.random.default_rng(9).integers(0, 2**23, (BATCH, BUDGET, 2)) / 2**23,
     }

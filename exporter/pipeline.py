@@ -13,6 +13,7 @@ from dllm_export.exporter.onnx_graph import ExternalTensor, build_onnx
 from dllm_export.exporter.onnx_ops import OPSET
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pack import list_files, replacing, require_space
+from dllm_export.exporter.plaid_files import write_schedule
 from dllm_export.exporter.probe import Probe
 from dllm_export.exporter.tokenizer import SOURCES, write_tokenizer
 from dllm_export.exporter.weights import FOLDER, StoredWeights, write_weights
@@ -81,6 +82,7 @@ def export(
             model_bindings=stored.model,
             tokenizer=tokenizer.record if tokenizer else None,
             probe=probe.save(root),
+            schedule=write_latent_schedule(checkpoint, root) if checkpoint.config.shape.latent else None,
             assumed=(*checkpoint.config.assumed, *stored.notes, *(tokenizer.assumed if tokenizer else ())),
             source=_source_digests(model, options.tokenizer or model),
             tools=_tool_versions(),
@@ -90,6 +92,14 @@ def export(
         bundle = open_bundle(root)
         report("manifest", steps, steps)
     return replace(bundle, path=target)
+
+
+def write_latent_schedule(checkpoint: Checkpoint, root: Path) -> str:
+    """The noise schedule of a continuous model; returns its file."""
+    names = checkpoint.config.names.others
+    slots = ("schedule_in", "schedule_bias", "schedule_out", "gamma_first", "gamma_last")
+    with checkpoint.reading() as load:
+        return write_schedule({slot: load(names[slot]) for slot in slots}, root)
 
 
 def write_graphs(checkpoint: Checkpoint, dtype: DType, root: Path) -> dict[str, GraphRecord]:

@@ -91,6 +91,8 @@ def verify(
     """Compare the provider with the checkpoint's probe and with the torch reference."""
     report = progress or (lambda what, step, steps: None)
     policies = (*POLICIES, BlockCache()) if bundle.manifest.shape.block else POLICIES
+    if bundle.manifest.shape.latent:
+        policies = (NoCache(),)
     steps = len(bundle.specs) + len(policies) + 1
     with (
         closing(open_session(bundle, SessionOptions(provider="torch", threads=options.threads))) as reference,
@@ -132,7 +134,12 @@ def check_probe(bundle: Bundle, session: Session, label: str, tolerance: float, 
     if states.shape != (shape.layers + 1, rows, shape.hidden):
         raise IntegrityError(f"{bundle.manifest.probe} does not fit the model's shape; export again")
     run = partial(run_graph, bundle, session)
-    embedded = run("embed", None, {"tokens": tokens[None]})["hidden_out"]
+    if shape.latent:
+        entering = {name: probe.view(name)[None] for name in ("latent", "estimate", "level")}
+        scale, pull = {"latent_scale": probe.view("latent_scale")}, {"pull": probe.view("pull")}
+        embedded = run("embed_latent", None, {**entering, **scale})["hidden_out"]
+    else:
+        embedded = run("embed", None, {"tokens": tokens[None]})["hidden_out"]
     yield _compare(f"probe {label}: embedding", {"hidden_out": embedded}, {"hidden_out": states[None, 0]}, tolerance)
     cos, sin = rotary_tables(shape, np.arange(rows)[None])
     timed: dict[str, Array] = {}
@@ -150,6 +157,12 @@ def check_probe(bundle: Bundle, session: Session, label: str, tolerance: float, 
         ]
         expected[f"layer {layer}"] = states[None, layer + 1] - hidden
     yield _compare(f"probe {label}: layers", results, expected, tolerance, spared=spared)
+    if shape.latent:
+        found = run("head_latent", None, {"hidden": states[None, -1], "latent": entering["latent"], **pull})
+        wanted = {"estimate_out": probe.view("estimate_out")[None], "token": probe.view("top_tokens")[None, :, :1]}
+        found = {"estimate_out": found["estimate_out"], "token": found["token"][..., None]}
+        yield _compare(f"probe {label}: head", found, wanted, tolerance, TOLERANCES[bundle.manifest.dtype].choices)
+        return
     index = np.arange(rows, dtype=np.int32)[None]
     hidden = states[None, -1]
     unguided: dict[str, Array] = {"guidance": np.zeros_like(hidden), "cfg_scale": np.zeros(1)}
@@ -224,10 +237,14 @@ def compare_generation(
     options = GenerationOptions(gen_length=16, block_length=8, temperature=0.0)
     if shape.uniform_noise:
         options = GenerationOptions(gen_length=16)  # drawn, as its rule knows no other way
+    if shape.latent:
+        options = GenerationOptions(gen_length=16, steps=8)
     runs = []
     for session in (reference, candidate):
         model = DiffusionLM(bundle, session)
-        runs.append([frame.tokens for frame in model.stream(model.continuation(prompts, options), options, policy)])
+        request = model.unconditional(2, options) if shape.latent else model.continuation(prompts, options)
+        frames = model.stream(request, options, policy)
+        runs.append([frame.tokens if frame.drafts is None else frame.drafts for frame in frames])
     step = next((n + 1 for n, (a, b) in enumerate(zip(*runs, strict=True)) if not np.array_equal(a, b)), None)
     return float(np.mean(runs[0][-1] == runs[1][-1])), step
 

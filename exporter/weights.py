@@ -33,6 +33,8 @@ KEPT_SLOTS = (
     *("norm2_modulation", "norm2_modulation_bias", "gate2", "gate2_bias"),
 )
 """Weights that a graph has one by one, where a model has them at all."""
+ENTERING = ("latent_in", "estimate_in", "level_in")
+"""Matrices by which a continuous model's vectors and noise level enter."""
 FOLDER = "weights"
 EMBEDDING_FILE = f"{FOLDER}/embedding.safetensors"
 HEAD_FILE = f"{FOLDER}/head.safetensors"
@@ -62,7 +64,10 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
     (root / FOLDER).mkdir()
     config, names = checkpoint.config, checkpoint.config.names
     with checkpoint.reading() as load:
-        probe.embed(load(names.embedding))
+        if config.shape.latent:
+            probe.enter({slot: load(names.others[slot]) for slot in ENTERING})
+        else:
+            probe.embed(load(names.embedding))
         time = {slot: load(name) for slot, name in names.others.items() if slot.startswith("time")}
         sigma = PROBE_SIGMA if config.shape.conditioning else 0.0
         conditioning = condition(time, sigma) if config.conditioning else None
@@ -78,6 +83,8 @@ def write_weights(checkpoint: Checkpoint, dtype: DType, root: Path, probe: Probe
             probe.run_layer(raw, expert)
             if conditioning is not None:
                 raw = split_layer(raw) if config.shape.conditioning else fold_layer(raw, conditioning)
+            for slot in ("out", "down") if config.branch_scale != 1 else ():
+                raw[slot] = raw[slot].double() * config.branch_scale
             weights = fuse_layer(raw)
             if config.shape.experts is not None and config.shape.has_experts(layer):
                 weights |= stack_experts(config.shape.experts, config.shape.hidden, expert, TORCH_TYPES[dtype])
@@ -133,7 +140,14 @@ def _write_model(
     """Embedding and head, one after the other: they are the largest tensors, and both at once would set the peak."""
     names, tied = checkpoint.config.names, checkpoint.config.shape.tied_head
     with checkpoint.reading() as load:
-        records = _save({"embedding": load(names.embedding)}, dtype, root, EMBEDDING_FILE)
+        table = load(names.embedding)
+        if checkpoint.config.shape.latent:
+            entering = {slot: load(names.others[slot]).T for slot in ENTERING}
+            entering["estimate_in"] = entering["estimate_in"].double() * checkpoint.config.shape.latent**0.5
+            probe.latents = find_latents(table)
+            records = _save({"latents": probe.latents, **entering}, dtype, root, EMBEDDING_FILE)
+        else:
+            records = _save({"embedding": table}, dtype, root, EMBEDDING_FILE)
     with checkpoint.reading() as load:
         raw = {"norm": load(names.norm), "head": load(names.embedding if tied else names.head)}
         raw |= {slot: load(name) for slot, name in names.others.items() if not slot.startswith("time")}
@@ -143,10 +157,17 @@ def _write_model(
             weights |= {slot: transpose(raw[slot]) for slot in ("norm_modulation", "norm_modulation_bias")}
         elif conditioning is not None:
             weights = fold_norm(raw, conditioning)
-        weights |= {} if tied else {"head": raw["head"].T}
+        scale = checkpoint.config.head_scale
+        weights |= {} if tied else {"head": raw["head"].T if scale == 1 else raw["head"].T.double() * scale}
         if "head_bias" in raw:
             weights["head_bias"] = raw["head_bias"].double() + checkpoint.config.logit_offset
         return records | _save(weights, dtype, root, HEAD_FILE)
+
+
+def find_latents(table: torch.Tensor) -> torch.Tensor:
+    """The vectors that stand for tokens: rows of a length of 1, in float64."""
+    rows = table.double()
+    return rows.div(torch.linalg.vector_norm(rows, dim=1, keepdim=True) + 1e-8)
 
 
 def fuse_layer(raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

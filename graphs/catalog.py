@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from dllm_export.graphs import heads, picking, shadows, steps
+from dllm_export.graphs import heads, latents, picking, shadows, steps
 from dllm_export.graphs.compaction import layer_compact
 from dllm_export.graphs.shape import ModelShape
 
@@ -67,8 +67,9 @@ MLP_GRAPHS = (*LAYER_GRAPHS, "layer_indicated", "layer_shadow")
 DENSE = "_dense"
 """What the graphs of layers with a plain MLP end in, in a model whose other layers have experts."""
 
-COUNTED = ("router", "router_bias")
-"""Weights in float32 whatever the compute type is: scores of two experts may differ by less than it can tell."""
+COUNTED = ("router", "router_bias", "latents")
+"""Weights in float32 whatever the compute type is: scores of two experts may differ by less than it can tell, and a sampler in
+float64 goes by the vectors."""
 
 
 def layer_weights(shape: ModelShape, layer: int = -1) -> tuple[TensorSpec, ...]:
@@ -192,8 +193,51 @@ def replace_experts(shape: ModelShape, spec: GraphSpec) -> GraphSpec:
     )
 
 
+def declare_latent_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
+    """A step of a continuous model: every row of it changes every time, so that there is one way to compute a layer."""
+    d, w, half = shape.hidden, shape.latent, shape.rotary_width // 2
+
+    hidden, table = TensorSpec("hidden", "compute", ("B", "S", d)), TensorSpec("latents", "float32", (shape.vocab, w))
+    hidden_out = replace(hidden, name="hidden_out")
+    rotary = tuple(TensorSpec(name, "float32", ("B", "S", half)) for name in ("cos", "sin"))
+    vectors = tuple(TensorSpec(name, "float32", ("B", "S", w)) for name in ("latent", "estimate", "estimate_out"))
+    cached = tuple(TensorSpec(name, "compute", ("B", "S", shape.key_width)) for name in ("key_out", "value_out"))
+    return (
+        GraphSpec(
+            "embed_latent",
+            (
+                *vectors[:2],
+                TensorSpec("level", "float32", ("B", latents.LEVEL_WIDTH)),
+                TensorSpec("latent_scale", "float32", (1,)),
+            ),
+            tuple(
+                TensorSpec(name, "compute", (width, d))
+                for name, width in (("latent_in", w), ("estimate_in", w), ("level_in", latents.LEVEL_WIDTH))
+            ),
+            (hidden_out,),
+            latents.embed_latent,
+        ),
+        GraphSpec(
+            "layer_full",
+            (hidden, *rotary, TensorSpec("mask", "bool", ("B", "S"))),
+            layer_weights(shape),
+            (hidden_out, *cached, replace(hidden, name="delta_out")),
+            steps.layer_full,
+        ),
+        GraphSpec(
+            "head_latent",
+            (hidden, vectors[0], TensorSpec("pull", "float32", (1,))),
+            (*(weight for weights in head_weights(shape) for weight in weights), table),
+            (vectors[2], TensorSpec("token", "int32", ("B", "S")), TensorSpec("confidence", "float32", ("B", "S"))),
+            latents.head_latent,
+        ),
+    )
+
+
 def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
     """The graphs of a model whose layers are all alike."""
+    if shape.latent:
+        return declare_latent_graphs(shape)
     d, kv, half = shape.hidden, shape.key_width, shape.rotary_width // 2
     rank, top = shape.indicator_rank, min(TOP_TOKENS, shape.vocab)
     layer = layer_weights(shape)

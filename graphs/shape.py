@@ -83,6 +83,8 @@ class ModelShape:
     """Width of what the time conditions norms and gates by in every step; 0 where a model does not see the time."""
     uniform_noise: bool = False
     """Whether noise turns a token into any other one, so that the vocabulary has no mask; else into the mask."""
+    latent: int = 0
+    """Width of the vectors that a continuous model denoises in place of tokens; 0 for a model of tokens."""
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     shift: bool = False

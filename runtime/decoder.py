@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from dllm_export.graphs import HeadGraph
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.clock import Clock
 from dllm_export.runtime.head import DRAWN, MOVED, Candidates, Head, bucket
-from dllm_export.runtime.options import GenerationOptions, SettledOptions
+from dllm_export.runtime.options import GenerationOptions, SettledOptions, flag
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.sampler import Proposal, propose, rank, share, temper
 from dllm_export.runtime.session import Buffer
@@ -439,6 +440,8 @@ def check_options(options: GenerationOptions, transfer: Transfer) -> None:
             f"--top-p and --top-k have no effect with --transfer {transfer.name}, which draws from the whole vocabulary: leave "
             f"them out"
         )
+    if transfer.continuous:
+        check_continuous(options, transfer)
     if transfer.moves:
         check_moving(options, transfer)
     if options.confidence_eos_eot_inf and (transfer.draws or transfer.moves) and not transfer.ranks:
@@ -488,3 +491,26 @@ def check_moving(options: GenerationOptions, transfer: Transfer) -> None:
         raise UsageError(
             f"--early-stop has no effect with --transfer {transfer.name}, which decides all rows in its last step: leave it out"
         )
+
+
+def check_continuous(options: GenerationOptions, transfer: Transfer) -> None:
+    """Refuse options that say how tokens are chosen, where vectors are denoised."""
+    settings: Mapping[str, tuple[object, ...]] = {
+        "block_length": (None, options.gen_length),
+        "temperature": (None, 0.0),
+        "top_p": (None, 1.0),
+        "top_k": (None,),
+        "cfg_scale": (0.0,),
+        "remasking": (None, "low_confidence"),
+        "logits_eos_inf": (False,),
+        "confidence_eos_eot_inf": (False,),
+        "early_stop": (False,),
+    }
+    for name, allowed in settings.items():
+        if getattr(options, name) not in allowed:
+            raise UsageError(
+                f"{flag(name)} has no effect with --transfer {transfer.name}, which denoises vectors and takes the likeliest "
+                f"tokens at its end: leave it out"
+            )
+    if options.steps == 1:
+        raise UsageError(f"--steps is 1, expected at least 2 with --transfer {transfer.name}: times fall from 1 to 0")

@@ -350,6 +350,12 @@ class Denoiser:
 
 def check_model(shape: ModelShape, transfer: Transfer) -> None:
     """Refuse a model that generation does not know how to run, and a rule that shows it a noise level or fails to."""
+    if (shape.latent > 0) != transfer.continuous:
+        raise UsageError(
+            f"--transfer {transfer.name} decides tokens, and this model denoises vectors: take --transfer ancestral"
+            if shape.latent
+            else f"--transfer {transfer.name} denoises vectors, and this model has tokens alone: take another rule"
+        )
     if shape.block and transfer.verifies:
         raise UsageError(
             f"--transfer {transfer.name} needs shadow rows, which are not made for a model that attends by blocks: take "

@@ -109,6 +109,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tokenizer: TokenizerRecord | None
     probe: str
     """safetensors file with the checkpoint's own activations on a fixed input (docs/verification.md)."""
+    schedule: str | None = None
+    """safetensors file with the noise schedule of a continuous model."""
     assumed: tuple[str, ...]
     """Values that the checkpoint does not state, as sentences."""
     source: dict[str, str]

@@ -13,16 +13,18 @@ import numpy as np
 from dllm_export.errors import UsageError
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.decoder import DRAWING, check_options
-from dllm_export.runtime.generate import Denoiser, Frame, Workspace
+from dllm_export.runtime.generate import Denoiser, Frame, Workspace, check_model
+from dllm_export.runtime.latent import LatentDenoiser, check_policy
+from dllm_export.runtime.noise_schedule import open_schedule
 from dllm_export.runtime.options import GenerationOptions, SettledOptions
 from dllm_export.runtime.plugins import find_transfer
 from dllm_export.runtime.policies import CachePolicy, NoCache
 from dllm_export.runtime.prefix_profile import PrefixProfile, digest_weights
 from dllm_export.runtime.prefix_store import PREFIX_BUDGET, PrefixStore
-from dllm_export.runtime.request import Request, continuation, infilling, share_prefix
+from dllm_export.runtime.request import Request, continuation, infilling, share_prefix, unconditional
 from dllm_export.runtime.session import Session, SessionOptions, open_session
 from dllm_export.runtime.tokenizer import Tokenizer
-from dllm_export.runtime.transfers import Transfer
+from dllm_export.runtime.transfers import Ancestral, Transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,11 @@ class DiffusionLM:
         """Checked request: token ids with mask ids anywhere."""
         return infilling(canvases, options, self.bundle.manifest.shape, self.bundle.manifest.tokens)
 
+    def unconditional(self, count: int = 1, options: GenerationOptions = GenerationOptions()) -> Request:
+        """Checked request of so many texts out of nothing, for a continuous model."""
+        manifest = self.bundle.manifest
+        return unconditional(count, options, manifest.shape, manifest.tokens, manifest.sampler)
+
     def settle(self, options: GenerationOptions, transfer: Transfer | None = None) -> tuple[SettledOptions, Transfer]:
         """Options and decoding rule with the defaults of the bundle's family filled in."""
         sampler = self.bundle.manifest.sampler
@@ -154,6 +161,9 @@ class DiffusionLM:
         What options leave open and a missing `transfer` are the family's.
         """
         settled, rule = self.settle(options, transfer)
+        if self.bundle.manifest.shape.latent:
+            yield from self._denoise_latents(request, settled, policy, rule)
+            return
         # The last request's buffers and prepared programs are taken if they fit, and put back afterwards.
         workspace, self._workspace = self._workspace, None
         manifest = self.bundle.manifest
@@ -172,6 +182,18 @@ class DiffusionLM:
         finally:
             denoiser.close()
         self._workspace = workspace
+
+    def _denoise_latents(
+        self, request: Request, options: SettledOptions, policy: CachePolicy, rule: Transfer
+    ) -> Iterator[Frame]:
+        """The frames of a continuous model."""
+        manifest = self.bundle.manifest
+        check_model(manifest.shape, rule)
+        check_policy(policy)
+        assert isinstance(rule, Ancestral)
+        schedule = open_schedule(self.bundle)
+        denoiser = LatentDenoiser(self.session, manifest.shape, manifest.tokens, request, options, rule, schedule)
+        yield from denoiser.frames()
 
     def run(
         self,

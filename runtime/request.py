@@ -54,6 +54,34 @@ class Request:
         return rows
 
 
+STEPS = 4096
+"""Steps of a continuous model's published sampler, whatever the length."""
+
+
+def unconditional(
+    count: int, options: GenerationOptions, shape: ModelShape, tokens: SpecialTokens, sampler: SamplerDefaults
+) -> Request:
+    """Texts out of nothing, for a continuous model."""
+    if not shape.latent:
+        raise UsageError("this model continues prompts or fills in texts; only continuous models sample without")
+    if count < 1:
+        raise UsageError(f"{count} texts were asked for, expected at least 1")
+    length = options.gen_length or sampler.gen_length
+    if length > shape.max_length:
+        raise UsageError(f"--gen-length is {length}, but the model was trained for {shape.max_length}: lower it")
+    schedule = make_schedule(length, length, options.steps or STEPS)
+    return make_request([[tokens.mask] * length] * count, schedule, shape, tokens)
+
+
+def refuse_prompt(shape: ModelShape) -> None:
+    """A continuous model takes no text."""
+    if shape.latent:
+        raise UsageError(
+            "this model samples unconditionally and takes no prompt: guiding it by a text takes gradients through the network, "
+            "which no engine has; leave the prompt out"
+        )
+
+
 def continuation(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
@@ -62,6 +90,7 @@ def continuation(
     sampler: SamplerDefaults,
 ) -> Request:
     """Prompts followed by masks."""
+    refuse_prompt(shape)
     if not prompts:
         raise UsageError("no prompt was given; pass at least one")
     length = options.gen_length or sampler.gen_length
@@ -112,6 +141,7 @@ def infilling(
     canvases: Sequence[Sequence[int]], options: GenerationOptions, shape: ModelShape, tokens: SpecialTokens
 ) -> Request:
     """Canvases with masks anywhere. Rows from the first mask of any sequence on are treated as response."""
+    refuse_prompt(shape)
     if not canvases:
         raise UsageError("no prompt was given; pass at least one text with mask tokens")
     for number, canvas in enumerate(canvases, 1):

@@ -44,6 +44,7 @@ MOE_ENGINES = (
 )
 TIME = "runtime/test_time_families.py::"
 MOVED = "runtime/test_uniform_noise.py::"
+PLAID = "runtime/test_plaid.py::"
 REFRESHED = f"{TIME}test_policies_that_refresh_everything_sample_what_no_cache_samples"
 
 
@@ -169,6 +170,13 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "exporter/test_dit.py::test_tensorrt_builds_the_graph_that_moves_tokens",
         ),
     },
+    "plaid": {
+        "logits": (f"{PLAID}test_a_step_gives_what_the_published_formulas_give",),
+        "generation": (f"{PLAID}test_it_samples_what_the_published_loop_samples[float64]",),
+        "policies": (f"{PLAID}test_no_cache_policy_applies",),
+        "graphs": (f"{PLAID}test_an_export_verifies[float32]",),
+        "engines": (f"{PLAID}test_tensorrt_builds_every_graph",),
+    },
 }
 """Family -> what is shown -> the tests that show it, by their names below tests/."""
 
@@ -178,7 +186,7 @@ RUN_ON_A_GPU = ("llada",)
 SHOWN = {
     "logits": "logits equal an independent implementation's",
     "generation": "whole generations equal a plain loop's, token for token",
-    "policies": "cached steps are exact where they refresh everything, or equal the published cache",
+    "policies": "cached steps are exact where they refresh everything, or equal the published cache, or are refused",
     "graphs": "every graph on ONNX Runtime equals PyTorch and the checkpoint's own activations",
     "engines": "every graph builds with TensorRT for RTX",
 }

@@ -71,7 +71,8 @@ def command(
 ) -> None:
     """Generate text, or fill masks in a text.
 
-    Without a prompt option the prompt is read from stdin. The text goes to stdout and nothing else does.
+    Without a prompt option the prompt is read from stdin, unless the model samples without one. The text goes to stdout
+    and nothing else does.
     """
     check_strategies(options, policy, transfer or Quota())
     prompts = collect_prompts(prompt, prompt_file, infill, prompt_ids, chat)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import click
 
 from dllm_export.graphs.families import FAMILIES, KNOWN_FAMILIES, Family, Marks, SamplerDefaults
-from dllm_export.runtime.policies import POLICIES, SharedPrefix
+from dllm_export.runtime.policies import POLICIES, NoCache, SharedPrefix
 from dllm_export.runtime.policies.contract import suits
 from dllm_export.runtime.transfers import TRANSFERS
 from dllm_export.tools.flags import Command, shared_flags
@@ -114,6 +114,8 @@ def sees_noise(family: Family) -> bool:
 
 def list_policies(family: Family) -> tuple[str, ...]:
     """Cache policies that go with it; features that follow the noise level are no other request's."""
+    if family.continuous:
+        return (NoCache.name,)
     return tuple(
         name
         for name, policy in POLICIES.items()
@@ -126,5 +128,7 @@ def list_rules(family: Family) -> tuple[str, ...]:
     return tuple(
         name
         for name, rule in TRANSFERS.items()
-        if rule.sees_noise == sees_noise(family) and not (family.by_blocks and rule.verifies)
+        if rule.sees_noise == sees_noise(family)
+        and rule.continuous == family.continuous
+        and not (family.by_blocks and rule.verifies)
     )

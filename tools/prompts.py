@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dllm_export.tools.flags import Flag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """What to continue or to fill in: exactly one of the three is not empty."""
+    """What to continue or to fill in: one of the three is not empty, or what stdin gives is continued."""
 
     texts: tuple[str, ...] = ()
     ids: tuple[tuple[int, ...], ...] = ()
@@ -48,7 +48,7 @@ def prompt_flags(command: Callable[..., object]) -> Callable[..., object]:
 def collect_prompts(
     texts: tuple[str, ...], files: tuple[Path, ...], infill: tuple[str, ...], ids: tuple[str, ...], chat: bool
 ) -> Prompts:
-    """The prompts of the flags or of stdin; more than one kind of them is an error."""
+    """The prompts of the flags; more than one kind of them is an error."""
     kinds = {"--prompt": (*texts, *files), "--infill": infill, "--prompt-ids": ids}
     given = [name for name, values in kinds.items() if values]
     if len(given) > 1:
@@ -60,8 +60,6 @@ def collect_prompts(
             raise UsageError(
                 "a prompt on the command line is not UTF-8 text; give it in a UTF-8 file with --prompt-file"
             )
-    if not given:
-        texts = (read_stdin(),)
     return Prompts(texts=(*texts, *map(read_prompt, files)), ids=tuple(map(parse_ids, ids)), infill=infill, chat=chat)
 
 
@@ -93,7 +91,11 @@ def parse_ids(text: str) -> tuple[int, ...]:
 
 
 def make_request(model: DiffusionLM, prompts: Prompts, options: GenerationOptions) -> Request:
-    """The checked request."""
+    """The checked request; stdin is read where no flag gave a prompt and the model takes one."""
+    if prompts == Prompts(chat=prompts.chat):
+        if model.bundle.manifest.shape.latent:
+            return model.unconditional(1, options)
+        prompts = replace(prompts, texts=(read_stdin(),))
     if not prompts.infill:
         encoded = [model.encode(text, chat=prompts.chat) for text in prompts.texts]
         return model.continuation([*encoded, *prompts.ids], options)

@@ -16,6 +16,7 @@ from dllm_export.graphs.families.family import MODULATED_SLOTS
 from dllm_export.tools.dit_config import bd3lm_config, mdlm_config, sedd_config
 from dllm_export.tools.huggingface_config import huggingface_config
 from dllm_export.tools.llada_config import llada_config
+from dllm_export.tools.plaid_checkpoint import write_random_plaid
 
 GAIN = 1.5
 """Standard deviation of a matrix times the square root of its inputs. Below 1 rows and steps hardly differ, which hides
@@ -41,6 +42,8 @@ def write_random_checkpoint(
     The mask is the last token of the vocabulary; the one before it ends a text and pads.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if family == "plaid":
+        return write_random_plaid(directory, shape, seed, dtype)
     drawn = random_tensors(shape, torch.Generator(device).manual_seed(seed), family)
     write_shards(directory, {name: tensor.to("cpu", dtype) for name, tensor in drawn.items()}, shards)
     config = checkpoint_config(family, shape, mask=shape.vocab - 1, end=shape.vocab - 2)

@@ -8,7 +8,7 @@ from dllm_export.graphs.families.a2d import A2D
 from dllm_export.graphs.families.bd3lm import BD3LM
 from dllm_export.graphs.families.block_diffusion import DREAM_REASONER, FAST_DLLM_V2, SDAR, STABLE_DIFFCODER
 from dllm_export.graphs.families.converted import DIFFULLAMA, OPEN_DCODER
-from dllm_export.graphs.families.detection import find_family, refuse_files
+from dllm_export.graphs.families.detection import find_by_files, find_family
 from dllm_export.graphs.families.dream import DREAM
 from dllm_export.graphs.families.family import (
     BIAS_SLOTS,
@@ -33,13 +33,14 @@ from dllm_export.graphs.families.llada import LLADA
 from dllm_export.graphs.families.llada2 import LLADA2
 from dllm_export.graphs.families.llada_moe import LLADA_MOE
 from dllm_export.graphs.families.mdlm import MDLM
+from dllm_export.graphs.families.plaid import PLAID
 from dllm_export.graphs.families.sdar_moe import SDAR_MOE
 from dllm_export.graphs.families.sedd import SEDD
 
 ALL = (
     *(LLADA, ILLADA, DREAM, *A2D, OPEN_DCODER, DIFFULLAMA),
     *(SDAR, DREAM_REASONER, STABLE_DIFFCODER, FAST_DLLM_V2, LLADA_MOE, LLADA2, SDAR_MOE),
-    *(MDLM, BD3LM, SEDD),
+    *(MDLM, BD3LM, SEDD, PLAID),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in ALL}
 """Families that can be exported."""
@@ -53,9 +54,9 @@ def detect_family(source: Source, name: str | None = None) -> Family:
     return find_family(FAMILIES, KNOWN_FAMILIES, source, name)
 
 
-def refuse_other_layouts(files: Iterable[str]) -> None:
-    """An error where these are the files of a known family that publishes no config.json."""
-    refuse_files(KNOWN_FAMILIES.values(), files)
+def detect_files(files: Iterable[str]) -> Family | None:
+    """The family that these files without a config.json show, if any."""
+    return find_by_files((*FAMILIES.values(), *KNOWN_FAMILIES.values()), files)
 
 
 __all__ = [
@@ -76,6 +77,6 @@ __all__ = [
     "SpecialTokens",
     "TensorNames",
     "detect_family",
+    "detect_files",
     "layer_slots",
-    "refuse_other_layouts",
 ]

@@ -27,12 +27,16 @@ def find_family(
     return found
 
 
-def refuse_files(known: Iterable[KnownFamily], files: Iterable[str]) -> None:
-    """An error where these are the files of a family that publishes no config.json."""
+def find_by_files(families: Iterable[Family | KnownFamily], files: Iterable[str]) -> Family | None:
+    """The family that publishes no config.json and whose files these are: two of them at least, as one may be called so by
+    chance."""
     files = set(files)
-    for family in known:
-        if family.marks.files and set(family.marks.files) <= files:
-            raise CheckpointError(f"family {family.title} is recognised but not supported: {family.reason}")
+    for family in families:
+        if len(files.intersection(family.marks.files)) >= 2:
+            if isinstance(family, KnownFamily):
+                raise CheckpointError(f"family {family.title} is recognised but not supported: {family.reason}")
+            return family
+    return None
 
 
 def match_family(families: Iterable[Family | KnownFamily], source: Source) -> Family | KnownFamily:

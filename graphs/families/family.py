@@ -30,6 +30,8 @@ FUSED_SLOTS = {"q": "qkv", "k": "qkv", "v": "qkv"}
 def layer_slots(shape: ModelShape, layer: int = -1) -> tuple[str, ...]:
     """Every tensor of a layer, the last where none is named, by canonical slot; experts aside."""
     biases, norms = BIAS_SLOTS if shape.qkv_bias else (), QK_NORM_SLOTS if shape.qk_norm else ()
+    if shape.mlp_kind == "gelu":
+        return (*(slot for slot in LAYER_SLOTS if slot != "gate"), *biases, *norms)
     if shape.experts is None or not shape.has_experts(layer % shape.layers):
         return (*LAYER_SLOTS, *biases, *norms)
     attention = tuple(slot for slot in LAYER_SLOTS if slot not in MLP_SLOTS)
@@ -145,6 +147,10 @@ class ModelConfig:
     """Width of what the time conditions the norms by; 0 where no norm is modulated."""
     logit_offset: float = 0.0
     """Added to all logits: a constant of what a model's output means."""
+    branch_scale: float = 1.0
+    """What a layer's attention and MLP are multiplied with before they are added to its input."""
+    head_scale: float = 1.0
+    """What the head's matrix is multiplied with."""
     chat_template: str | None = None
     """The family's own, where the checkpoint ships none."""
     tokenizer: str = ""
@@ -198,6 +204,8 @@ class Family:
     sampler: SamplerDefaults | None = None
     by_blocks: bool = False
     """Whether a row sees its own block and those before it, instead of all rows."""
+    continuous: bool = False
+    """Whether it denoises vectors instead of tokens."""
     limits: str = ""
     """What does not work with them, as a sentence; nothing where all does."""
 

@@ -67,12 +67,6 @@ KNOWN = (
         reason="its layers are ModernBERT's, some of which attend to a window only",
     ),
     KnownFamily(
-        name="plaid",
-        title="Plaid-1B",
-        marks=Marks(files=("embedding_matrix.pt", "noise_schedule.pt")),
-        reason="it diffuses embeddings, not tokens: every position changes in every step, and no row is ever decided",
-    ),
-    KnownFamily(
         name="mercury",
         title="Mercury, Mercury 2, Mercury Edit 2",
         marks=Marks(),

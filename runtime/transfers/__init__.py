@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dllm_export.runtime.transfers.ancestral import Ancestral
 from dllm_export.runtime.transfers.apd import AdaptiveThreshold
 from dllm_export.runtime.transfers.credit import Credit
 from dllm_export.runtime.transfers.ddpm import Ddpm, DdpmCache
@@ -45,12 +46,14 @@ ALL: tuple[type[Transfer], ...] = (
     SeddUniform,
     Dream,
     Origin,
+    Ancestral,
 )
 TRANSFERS: Mapping[str, type[Transfer]] = {transfer.name: transfer for transfer in ALL}
 
 __all__ = [
     "TRANSFERS",
     "AdaptiveThreshold",
+    "Ancestral",
     "Choice",
     "Credit",
     "Ddpm",

@@ -100,6 +100,8 @@ class Transfer(Protocol):
     moves: ClassVar[bool] = False
     """Whether undecided rows hold tokens too, which every step draws anew: for models whose noise is other tokens. Such a rule
     takes `head_moved` and states `move_weights`."""
+    continuous: ClassVar[bool] = False
+    """Whether the rule moves vectors instead of choosing rows: for continuous models, which it alone is for."""
 
     head: ClassVar[HeadGraph] = "head"
     """Which head graph gives the statistics. One that keeps a state runs on every row of the block; `head_drawn` draws tokens

@@ -393,18 +393,6 @@ def test_a_bd3lm_that_no_release_is_is_refused(changes: dict[str, object], bd3lm
         detect_family(source).read_config(source)
 
 
-# -- Plaid
-def test_plaid_is_recognised_by_its_files_and_refused_with_the_reason(
-    tmp_path: Path, refuse: Callable[..., str]
-) -> None:
-    (tmp_path / "plaid").mkdir()
-    for name in ("model.pt", "embedding_matrix.pt", "noise_schedule.pt", "gamma_bounds.pt"):
-        (tmp_path / "plaid" / name).write_bytes(b"never opened")
-    assert "Plaid-1B is recognised but not supported: it diffuses embeddings" in refuse(
-        tmp_path / "plaid", CheckpointError
-    )
-
-
 # -- tokenizer
 def test_a_missing_tokenizer_names_the_one_to_bring(mdlm: Path, refuse: Callable[..., str]) -> None:
     message = refuse(mdlm, CheckpointError)

@@ -152,7 +152,7 @@ def test_every_policy_goes_with_every_rule_or_says_why_not(name: str, rule: str,
     }
     known = TRANSFERS[rule].reveals or foreseen
     reason = "must know which rows a step decides" if name == "dkv-greedy" and not known else reasons.get(rule)
-    if rule == "sedd-uniform":
+    if rule in ("sedd-uniform", "ancestral"):
         reason = f"--transfer {rule}"  # of an option that is refused before the model is looked at
     if reason is None:
         (result,) = shifted.run(request, options, policy, transfer)

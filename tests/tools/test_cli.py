@@ -378,6 +378,7 @@ TESTED_APART = {
     *("--prompt", "--prompt-file", "--prompt-ids", "--infill", "--chat"),
     *("--base", "--prefix-file", "--prefix-depth", "--prefix-profile", "--prefix-budget"),  # test_prefix_flags.py
     "--sub-block-cache",  # of models that attend by blocks: runtime/test_blocks.py
+    "--score-temperature",  # of continuous models: runtime/test_plaid.py
     "--predictor",  # of models that see the noise level: runtime/test_time_families.py
     *("--watch", "--report", "--json", "--debug", "--device", "--captures", "--compile"),
 }

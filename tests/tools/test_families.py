@@ -48,3 +48,10 @@ def test_what_generation_would_refuse_does_not_apply() -> None:
         assert not {"wino", "sedd", "sedd-uniform"} & set(LINES[name].rules)
     assert LINES["sedd"].rules == ("sedd", "sedd-uniform")
     assert set(POLICIES) - set(LINES["sedd"].policies) == {"shared-prefix", "block"}
+
+
+def test_a_continuous_model_has_its_own_rule_and_no_cache() -> None:
+    assert (LINES["plaid"].policies, LINES["plaid"].rules) == (("none",), ("ancestral",))
+    assert (LINES["plaid"].recognised_by, LINES["plaid"].supported) == ("model.pt", True)
+    assert "no cache applies" in LINES["plaid"].reason
+    assert not [name for name, line in LINES.items() if name != "plaid" and "ancestral" in line.rules]
