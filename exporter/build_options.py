@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dllm_export.errors import UsageError
+from dllm_export.graphs import GraphSpec
 from dllm_export.runtime.options import flag, option
 
 LARGEST_BATCH = 65536
@@ -24,6 +26,7 @@ class BuildOptions:
         "sizes that get a profile of their own, tuned for nothing else (tensorrt), as dims of a graph: "
         "S=1149,X=256,Q=64;S=1149,Q=64",
     )
+    graphs: str = option("", "graphs to build engines of, with a comma between; default: all of the bundle's")
     rows: int = option(256, "response rows that engines are tuned for; the head takes no more of them in a step")
 
     def __post_init__(self) -> None:
@@ -36,6 +39,15 @@ class BuildOptions:
         parse_sizes(self.fixed)
         if not self.sm.replace(",", "").strip():
             raise UsageError("--sm is empty, expected compute capabilities, such as 8.9,12.0, or current")
+
+
+def choose_graphs(specs: Mapping[str, GraphSpec], options: BuildOptions) -> dict[str, GraphSpec]:
+    """The graphs that engines are asked of."""
+    asked = [name.strip() for name in options.graphs.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in specs]
+    if unknown:
+        raise UsageError(f"--graphs has {', '.join(unknown)}, expected some of this bundle's: {', '.join(specs)}")
+    return {name: spec for name, spec in specs.items() if not asked or name in asked}
 
 
 def parse_sizes(text: str) -> tuple[dict[str, int], ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dllm_export.errors import IntegrityError
-from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.build_options import BuildOptions, choose_graphs
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.build_target import BuildTarget, check_build, choose_target, find_build_cuda
 from dllm_export.exporter.files import require_writable
@@ -43,13 +43,13 @@ BUILD = 3
 def build_engines(
     bundle: Bundle, options: BuildOptions, progress: Callable[[str, int, int], None] | None = None
 ) -> Bundle:
-    """Build what the bundle lacks for these options; the bundle's manifest then lists the plans.
+    """Build what the bundle lacks for these options and graphs; the bundle's manifest then lists the plans.
 
     Progress is counted in hundredths of the whole build.
     """
     target, manifest = choose_target(options), bundle.manifest
     check_build(target.library, options, manifest.dtype, manifest.shape.max_length)
-    specs = engine_specs(bundle.specs, staged=target.library.staged)
+    specs = engine_specs(choose_graphs(bundle.specs, options), staged=target.library.staged)
     check_fixed_sizes(specs, manifest.shape.max_length, options)
     report = progress or (lambda what, step, steps: None)
     missing = find_missing(bundle, specs, options, target)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dllm_export.errors import IncompatibleError, UsageError
-from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.build_options import BuildOptions, choose_graphs
 from dllm_export.exporter.build_target import check_length
 from dllm_export.exporter.precision import check_dtype
 from dllm_export.exporter.ranges import check_fixed_sizes, input_ranges, make_profiles
@@ -68,10 +68,10 @@ def name_targets(options: BuildOptions, library: TensorRt | None, flavour: Flavo
 
 
 def list_commands(root: Path, manifest: Manifest, options: BuildOptions, tool: Tool) -> Iterator[tuple[str, str]]:
-    """Graph and command line, for every graph of a bundle."""
+    """Graph and command line, for every graph that is asked for."""
     check_length(options, manifest.shape.max_length)
     flavour: Flavour = "tensorrt-rtx" if tool.name == "tensorrt_rtx" else "tensorrt"
-    specs = engine_specs(graph_specs(manifest.shape), staged=tool.typing == "weak")
+    specs = engine_specs(choose_graphs(graph_specs(manifest.shape), options), staged=tool.typing == "weak")
     check_fixed_sizes(specs, manifest.shape.max_length, options)
     for name, spec in specs.items():
         profiles = make_profiles(flavour, spec, manifest.shape.max_length, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.build_options import BuildOptions, choose_graphs
 from dllm_export.exporter.build_target import BuildTarget, choose_target
 from dllm_export.exporter.engines import build_engines, drop_damaged_engines
 from dllm_export.exporter.trtexec import choose_tool, list_commands
@@ -100,7 +100,7 @@ def build(bundle: Bundle, options: BuildOptions, target: BuildTarget, progress: 
     start = time.perf_counter()
     finished = build_engines(bundle, options, progress)
     built = sum(record.key not in before for record in finished.manifest.engines)
-    wanted = engine_specs(bundle.specs, staged=target.library.staged)
+    wanted = engine_specs(choose_graphs(bundle.specs, options), staged=target.library.staged)
     return Result(finished, options, target, built, len(wanted) - built, time.perf_counter() - start)
 
 

@@ -26,7 +26,7 @@ from dllm_export.runtime.bundle import open_bundle
 from dllm_export.runtime.options import flag, option
 from dllm_export.runtime.policies import DllmCache
 from dllm_export.tools.bench.columns import COLUMNS, ColumnKind
-from dllm_export.tools.bench.measure import measure
+from dllm_export.tools.bench.measure import Measurement, foresee_policy, measure
 from dllm_export.tools.bench.processes import Failed, explain_exit
 from dllm_export.tools.bench.records import BenchReport
 from dllm_export.tools.bench.request import BenchOptions, plan_measurement
@@ -257,15 +257,17 @@ def fixed_sizes(options: GpuCheckOptions) -> str:
     return ";".join([*groups, *(f"S={length},Q={count}" for count in sorted({64, rows}) if count <= rows)])
 
 
-def build_engines(work: Path, options: GpuCheckOptions) -> Iterator[tuple[str, float]]:
-    """Flavour -> seconds of the build; one that fails leaves its column without engines, which says so."""
+def build_engines(what: Measurement, options: GpuCheckOptions) -> Iterator[tuple[str, float]]:
+    """Flavour -> seconds of the build of the graphs that are measured; one that fails leaves a column that says so."""
+    outlooks = (foresee_policy(what, policy.name, policy.settings) for policy in what.settings.policies)
+    graphs = ",".join(sorted(frozenset[str]().union(*(outlook.graphs for outlook in outlooks))))
     for kind in options.kinds.values():
         if kind.flavour:
             start = time.perf_counter()
             sizes = f"--max-length {options.prompt + options.response} --max-batch 1 --rows {options.response}"
-            build = f"build --flavour {kind.flavour} {sizes} --fixed '{fixed_sizes(options)}'"
+            build = f"build --flavour {kind.flavour} --graphs {graphs} {sizes} --fixed '{fixed_sizes(options)}'"
             try:
-                cli(options.python(kind), build, work / "bundle")
+                cli(options.python(kind), build, what.bundle.path)
             except Failed as error:
                 print_note(f"{kind.flavour}: {error}", "yellow")
                 continue
@@ -295,7 +297,11 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
         shape = TINY if options.quick else replace(LLADA_8B, layers=options.layers)
         answers = tuple(compare_answers(work, options)) if options.answers else ()
         seconds = make_bundle(work, shape, options.device)
-        seconds |= dict(build_engines(work, options))
+
+        def plan() -> Measurement:
+            return plan_measurement(open_bundle(work / "bundle"), work / "model", options.bench, DllmCache())
+
+        seconds |= dict(build_engines(plan(), options))
 
         def finish(bench: BenchReport) -> GpuReport:
             return GpuReport(
@@ -310,8 +316,7 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
         def save(bench: BenchReport) -> None:
             write_report(report, finish(bench))
 
-        what = plan_measurement(open_bundle(work / "bundle"), work / "model", options.bench, DllmCache())
-        bench = measure(what, asked, progress, save)
+        bench = measure(plan(), asked, progress, save)
     outcome = finish(bench)
     if as_json:
         print_json(outcome)

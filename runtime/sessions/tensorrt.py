@@ -30,7 +30,7 @@ from dllm_export.runtime.cuda import (
 )
 from dllm_export.runtime.manifest import EngineRecord
 from dllm_export.runtime.session import GraphCall, SessionOptions, SessionReport
-from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines
+from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines, missing_engine
 from dllm_export.runtime.tensorrt.engine import ALIGNMENT, Context, Engine, to_engine_type
 from dllm_export.runtime.tensorrt.kernels import KernelCache
 from dllm_export.runtime.tensorrt.library import Flavour, TensorRt, current_platform, find_library
@@ -112,7 +112,7 @@ class TensorRtSession:
         self._engines: dict[str, Engine] = {}
         self._kernels: KernelCache | None = None
         try:
-            self._library, records = find_engines(bundle, flavours)
+            self._library, self._host, records = find_engines(bundle, flavours)
             self._require_memory(bundle.weight_bytes, 0)  # before the library, which says little when memory is short
             self._engines = self._load_engines(records)
             scratch = max(engine.scratch_bytes for engine in self._engines.values())
@@ -216,9 +216,10 @@ class TensorRtSession:
     # -- a call as addresses
     def _stage_calls(self, call: GraphCall) -> Iterator[GraphCall]:
         """The call itself, or one for each stage of a graph that this library runs in stages."""
-        if call.graph in self._engines:
+        spec = self._bundle.specs[call.graph]
+        if call.graph in self._engines or not spec.stages:
             return iter((call,))
-        return split_call(call, self._bundle.specs[call.graph], self._hand_over)
+        return split_call(call, spec, self._hand_over)
 
     def _hand_over(self, graph: str, tensor: TensorSpec, dims: tuple[int, ...]) -> CudaBuffer:
         """What one stage leaves for the next; calls run one after the other, so that all layers share it."""
@@ -228,7 +229,9 @@ class TensorRtSession:
         return self._handed[key]
 
     def _bind(self, call: GraphCall) -> EngineRun:
-        engine = self._engines[call.graph]
+        engine = self._engines.get(call.graph)
+        if engine is None:
+            raise missing_engine(call.graph, self._host, str(self._bundle.path))
         buffers: dict[str, CudaBuffer] = {}
         for name, buffer in call.tensors.items():
             assert isinstance(buffer, CudaBuffer)
@@ -276,8 +279,8 @@ class TensorRtSession:
         return name, memory
 
 
-def find_engines(bundle: Bundle, flavours: Sequence[Flavour]) -> tuple[TensorRt, dict[str, EngineRecord]]:
-    """The first installed library that has a fitting engine of every graph, and those engines; the first reason if none."""
+def find_engines(bundle: Bundle, flavours: Sequence[Flavour]) -> tuple[TensorRt, Host, dict[str, EngineRecord]]:
+    """The first installed library that has engines, all of which fit, and those engines; the first reason if none."""
     reasons: list[DllmExportError] = []
     for flavour in flavours:
         library = find_library(flavour)
@@ -292,7 +295,7 @@ def find_engines(bundle: Bundle, flavours: Sequence[Flavour]) -> tuple[TensorRt,
         )
         try:
             specs = engine_specs(bundle.specs, staged=library.staged)
-            return library, choose_engines(bundle.manifest.engines, specs, host, str(bundle.path))
+            return library, host, choose_engines(bundle.manifest.engines, specs, host, str(bundle.path))
         except IncompatibleError as error:
             reasons.append(error)
     if not reasons:

@@ -7,7 +7,7 @@ driver must know the CUDA major version that the plan was built under.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dllm_export.errors import IncompatibleError
@@ -44,9 +44,12 @@ def explain_misfit(record: EngineRecord, host: Host) -> str | None:
 
 
 def choose_engines(
-    records: Sequence[EngineRecord], graphs: Iterable[str], host: Host, bundle: str
+    records: Sequence[EngineRecord], graphs: Collection[str], host: Host, bundle: str
 ) -> dict[str, EngineRecord]:
-    """The newest engine of every graph that fits here, or one sentence with the command that builds what is missing."""
+    """The newest engine of every graph that has any, or one sentence with the command that builds what fits.
+
+    Graphs without an engine are for `missing_engine` to name once somebody asks for them: a build may be of some graphs only.
+    """
     if host.flavour == "tensorrt-rtx" and host.capability in REFUSED_BY_RTX:
         raise IncompatibleError(
             f"TensorRT for RTX does not run on compute capability {host.capability}; install tensorrt on this GPU"
@@ -56,7 +59,7 @@ def choose_engines(
     for graph in graphs:
         offered = [record for record in records if record.graph == graph]
         if not offered:
-            raise IncompatibleError(f"the bundle has no engine of graph '{graph}': run '{remedy}'")
+            continue
         fitting = [record for record in offered if explain_misfit(record, host) is None]
         if not fitting:
             # Somebody who built for this library wants to know about those engines, not that there are others, too.
@@ -64,7 +67,15 @@ def choose_engines(
             reason = explain_misfit(nearest[-1], host)
             raise IncompatibleError(f"the engine of graph '{graph}' does not fit: {reason}; run '{remedy}'")
         chosen[graph] = fitting[-1]
+    if not chosen:
+        raise missing_engine(next(iter(graphs)), host, bundle)
     return chosen
+
+
+def missing_engine(graph: str, host: Host, bundle: str) -> IncompatibleError:
+    """That there is no engine of a graph, and what builds one."""
+    remedy = build_command(bundle, host.flavour, [host.capability])
+    return IncompatibleError(f"the bundle has no engine of graph '{graph}': run '{remedy}'")
 
 
 def _major(version: str) -> int:

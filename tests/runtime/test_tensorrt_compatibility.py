@@ -11,7 +11,7 @@ import pytest
 
 from dllm_export.errors import IncompatibleError
 from dllm_export.runtime.manifest import EngineRecord
-from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines, explain_misfit
+from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines, explain_misfit, missing_engine
 
 STANDARD = Host(flavour="tensorrt", version="10.13.0.35", capability="8.9", platform="linux-x86_64", cuda="12.8")
 RTX = Host(flavour="tensorrt-rtx", version="1.7.1.116", capability="8.9", platform="linux-x86_64", cuda="13.0")
@@ -85,9 +85,11 @@ def test_versions_are_compared_as_numbers() -> None:
 @pytest.mark.parametrize(("host", "line"), [(STANDARD, STANDARD_LINE), (RTX, RTX_LINE)])
 def test_a_graph_without_engines_is_named_with_the_command_that_builds_it(host: Host, line: str) -> None:
     record = HERE if host is STANDARD else PORTABLE
+    assert choose_engines([record], ["embed", "head"], host, "BUNDLE") == {"embed": record}
+    assert str(missing_engine("head", host, "BUNDLE")) == f"the bundle has no engine of graph 'head': run {line}"
     with pytest.raises(IncompatibleError) as refused:
-        choose_engines([record], ["embed", "head"], host, "BUNDLE")
-    assert str(refused.value) == f"the bundle has no engine of graph 'head': run {line}"
+        choose_engines([record], ["head", "gather"], host, "BUNDLE")
+    assert str(refused.value) == str(missing_engine("head", host, "BUNDLE"))
 
 
 def test_the_newest_engine_that_fits_is_chosen_for_each_graph() -> None:

@@ -101,6 +101,18 @@ def test_export_with_build_as_json_is_export_and_build(shell: Shell, tiny_checkp
     assert result["digest"] == open_bundle("b").manifest.digest, "the digest is the finished bundle's"
 
 
+def test_only_the_graphs_that_are_asked_for_are_built(shell: Shell, bundle: Path) -> None:
+    asked = (*RTX, "--max-batch", 1, "--graphs", "embed, gather")
+    assert shell.json("build", bundle, *asked)["built"] == 2
+    assert {record.graph for record in open_bundle(bundle).manifest.engines} == {"embed", "gather"}
+    assert shell.json("build", bundle, *asked)["built"] == 0
+    planned = shell.json("build", bundle, "--dry-run", "--sm", "8.9", "--graphs", "gather")
+    assert [*planned["commands"]] == ["gather"]
+    refused = shell("build", bundle, *RTX, "--graphs", "embed,heart")
+    assert refused.code == 2
+    assert "--graphs has heart, expected some of this bundle's: embed, " in refused.err
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

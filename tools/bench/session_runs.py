@@ -77,8 +77,13 @@ class Outlook:
     work: tuple[Work, ...]
     products: Counter[Product]
     buffer_bytes: int
-    layer_graphs: int
-    """Layer graphs that the steps run."""
+    graphs: frozenset[str]
+    """Graphs that the steps run."""
+
+    @property
+    def layer_graphs(self) -> int:
+        """How many of the graphs are of layers."""
+        return sum(graph.startswith("layer_") for graph in self.graphs)
 
 
 def foresee(bundle: Bundle, request: SessionRequest, steps: int, policy: CachePolicy) -> Outlook:
@@ -93,6 +98,5 @@ def foresee(bundle: Bundle, request: SessionRequest, steps: int, policy: CachePo
     session = MeteredSession(outline, Model(bundle.specs, manifest.shape, manifest.dtype))
     with DiffusionLM(bundle, session) as lm:
         made = list(islice(session_steps(lm, session.meter, request, policy, NoRanges()), steps))
-    graphs = {graph for graph in session.meter.graphs if graph.startswith("layer_")}
     work = tuple(step.work for step in made)
-    return Outlook(work, session.meter.products, outline.buffer_bytes, len(graphs))
+    return Outlook(work, session.meter.products, outline.buffer_bytes, frozenset(session.meter.graphs))
