@@ -104,10 +104,11 @@ class Reference:
 
     def gamma(self, time: float) -> float:
         schedule, bounds = self.parts["noise_schedule.pt"], self.parts["gamma_bounds.pt"]
+        units = [schedule[name].flatten().tolist() for name in ("W1", "b1", "W2")]
 
         def rise(time: float) -> float:
             total = 0.0
-            for rate, bias, share in zip(schedule["W1"][:, 0], schedule["b1"], schedule["W2"][0], strict=True):
+            for rate, bias, share in zip(*units, strict=True):
                 positive, weight = math.log1p(math.exp(rate)), 0.01 * math.log1p(math.exp(share))
                 total += weight * math.tanh((time - 0.5) * positive + bias)
             return total
