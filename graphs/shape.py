@@ -120,4 +120,5 @@ class ModelShape:
         if self.experts is not None:
             mixture = self.experts.count * (3 * self.experts.mlp + 1) + 3 * self.experts.shared
             widths += (self.layers - self.experts.dense_layers) * (mixture - matrices * self.mlp)
-        return self.hidden * widths + self.vocab * self.hidden * (1 if self.tied_head else 2) + self.hidden
+        entering = self.latent or self.hidden
+        return self.hidden * (widths + 1) + self.vocab * (entering + (0 if self.tied_head else self.hidden))

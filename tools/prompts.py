@@ -13,7 +13,7 @@ import click
 from dllm_export.errors import UsageError
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
-from dllm_export.runtime.request import Request
+from dllm_export.runtime.request import Request, refuse_prompt
 from dllm_export.tools.flags import Flag
 
 
@@ -92,7 +92,10 @@ def parse_ids(text: str) -> tuple[int, ...]:
 
 def make_request(model: DiffusionLM, prompts: Prompts, options: GenerationOptions) -> Request:
     """The checked request; stdin is read where no flag gave a prompt and the model takes one."""
-    if prompts == Prompts(chat=prompts.chat):
+    none = prompts == Prompts(chat=prompts.chat)
+    if not none or prompts.chat:
+        refuse_prompt(model.bundle.manifest.shape)
+    if none:
         if model.bundle.manifest.shape.latent:
             return model.unconditional(1, options)
         prompts = replace(prompts, texts=(read_stdin(),))

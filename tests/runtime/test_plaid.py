@@ -104,10 +104,11 @@ class Reference:
 
     def gamma(self, time: float) -> float:
         schedule, bounds = self.parts["noise_schedule.pt"], self.parts["gamma_bounds.pt"]
+        units = [schedule[name].flatten().tolist() for name in ("W1", "b1", "W2")]
 
         def rise(time: float) -> float:
             total = 0.0
-            for rate, bias, share in zip(schedule["W1"][:, 0], schedule["b1"], schedule["W2"][0], strict=True):
+            for rate, bias, share in zip(*units, strict=True):
                 positive, weight = math.log1p(math.exp(rate)), 0.01 * math.log1p(math.exp(share))
                 total += weight * math.tanh((time - 0.5) * positive + bias)
             return total
@@ -331,6 +332,7 @@ def test_the_released_sizes_are_the_published_parameters() -> None:
     assert (config.shape.heads, config.shape.head_dim, config.shape.mlp) == (32, 64, 8192)
     schedule = 3 * 1024 + 2  # its tensors and the bounds, which the published number leaves out
     assert sum(math.prod(shape) for shape in expected_tensors(config).values()) == 1_275_922_432 + schedule
+    assert config.shape.weight_count == pytest.approx(1_275_922_432, rel=2e-4)
     assert (config.branch_scale, config.head_scale) == (24**-0.5, 0.125)
     assert len(config.assumed) == 2
 
@@ -500,7 +502,8 @@ def test_the_command_line_samples_without_a_prompt_and_says_so_of_one(
     assert json.loads(capsys.readouterr().out)["tokens"] != first["tokens"]
     assert cli.run([*line, "--watch"]) == 0
     capsys.readouterr()
-    for more, message in ((["--prompt-ids", "1 2"], "takes no prompt"), (["--policy", "dllm-cache"], "does not apply")):
+    refused = (["--prompt-ids", "1 2"], ["--prompt", "a"], ["--infill", "a"], ["--chat"])
+    for more, message in (*((flags, "takes no prompt") for flags in refused), (["--policy", "spa"], "does not apply")):
         assert cli.run([*line, *more]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n") <= 2) == ("", True)
