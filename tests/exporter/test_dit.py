@@ -239,7 +239,8 @@ def test_folded_layers_equal_the_published_formula_in_double_precision(
         hidden = specs["layer_full"].function(ops, SHAPE, {"hidden": hidden, **context, **weights})["hidden_out"]
     plain = {slot: tensor for slot, tensor in others.items() if "modulation" not in slot}
     top = {**plain, **fold_norm(others, conditioning)}
-    inputs = {"hidden": hidden, "index": torch.arange(11).expand(2, 11), "bias": torch.zeros(SHAPE.vocab)}
+    index = torch.arange(11).expand(2, 11)
+    inputs = {"hidden": hidden, "index": index, "given": index, "bias": torch.zeros(SHAPE.vocab)}
     found = specs["head"].function(ops, SHAPE, {**inputs, **top})
     logits = eager.forward(tokens, torch.full((2,), sigma))
     expected = logits.gather(-1, found["top_tokens"].long())
@@ -275,7 +276,8 @@ def test_layers_that_see_the_noise_level_equal_the_published_formula_in_double_p
         weights = fuse_layer(split_layer(raw))
         assert weights.keys() == {weight.name for weight in specs["layer_full"].weights}
         hidden = specs["layer_full"].function(ops, shape, {"hidden": hidden, **context, **weights})["hidden_out"]
-    inputs = {"hidden": hidden, "index": torch.arange(11).expand(2, 11), "bias": torch.zeros(shape.vocab), **timed}
+    index = torch.arange(11).expand(2, 11)
+    inputs = {"hidden": hidden, "index": index, "given": index, "bias": torch.zeros(shape.vocab), **timed}
     top = {**others, "norm_modulation": others["norm_modulation"].T}
     found = specs["head"].function(ops, shape, {**inputs, **top})
     logits = model.forward(tokens, torch.full((2,), sigma))
