@@ -103,7 +103,8 @@ def our_logits(bundle: Bundle, tokens: NDArray[np.int32], dtype: DType = "float6
     for layer in range(shape.layers):
         graph = layer_graph(shape, "layer_full", layer)
         hidden = run_graph(bundle, session, graph, layer, {"hidden": hidden, **context})["hidden_out"]
-    feeds = {"hidden": hidden, "index": position.astype(np.int32), "bias": np.zeros(shape.vocab)}
+    index, unguided = position.astype(np.int32), {"guidance": np.zeros_like(hidden), "cfg_scale": np.zeros(1)}
+    feeds = {"hidden": hidden, "index": index, "given": index, "bias": np.zeros(shape.vocab), **unguided}
     head = run_graph(bundle, session, "head", None, feeds)
     logits = np.zeros((batch, rows, shape.vocab))
     np.put_along_axis(logits, head["top_tokens"].astype(np.int64), head["top_logits"], axis=2)
