@@ -24,6 +24,7 @@ from dllm_export.tools.bench.tables import markdown
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = "docs/measurements/cpu-2-core.json"
 FRONTIER = "docs/measurements/frontier-2-core.json"
+DREAM_FRONTIER = "docs/measurements/frontier-dream-2-core.json"
 GPU = "docs/measurements/h200.json"
 GPU_TORCH = "docs/measurements/h100-torch.json"
 GPU_ANSWERS = "docs/measurements/h200-answers.json"
@@ -75,9 +76,9 @@ def measured_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def frontier_table() -> str:
+def frontier_table(file: str) -> str:
     """Every policy at one token a step and with its fastest rule; every speed beside its answers."""
-    outcomes = json.loads((ROOT / FRONTIER).read_text())["outcomes"]
+    outcomes = json.loads((ROOT / file).read_text())["outcomes"]
     by_policy: dict[str, list[dict[str, Any]]] = {}
     for one in sorted(outcomes, key=lambda one: one["seconds"]):
         by_policy.setdefault(one["policy"], []).append(one)
@@ -256,8 +257,14 @@ def test_the_bars_of_policies_and_rules_are_met_in_one_run() -> None:
     assert all(one["strategy_seconds"] <= 0.05 * one["seconds"] for one in outcomes.values())
 
 
-def test_the_frontier_equals_the_measurement() -> None:
-    assert section("docs/policies.md", "frontier") == frontier_table()
+@pytest.mark.parametrize(("name", "file"), [("frontier", FRONTIER), ("frontier-dream", DREAM_FRONTIER)])
+def test_the_frontier_equals_the_measurement(name: str, file: str) -> None:
+    assert section("docs/policies.md", name) == frontier_table(file)
+
+
+def test_caches_of_the_dream_layout_cost_no_answer_but_where_keys_are_dropped() -> None:
+    for one in json.loads((ROOT / DREAM_FRONTIER).read_text())["outcomes"]:
+        assert (one["right"] == one["asked"] == 96) == ((one["policy"], one["transfer"]) != ("sparse", "quota"))
 
 
 def test_the_graph_table_equals_the_catalog(llada_8b: ModelShape) -> None:

@@ -13,7 +13,6 @@ import torch
 from dllm_export.errors import UsageError
 from dllm_export.exporter.options import ExportOptions
 from dllm_export.exporter.pipeline import export
-from dllm_export.exporter.verify import verify
 from dllm_export.graphs.torch_ops import TorchOps
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
@@ -36,7 +35,7 @@ from dllm_export.tools.train import TrainOptions, train
 from dllm_export.tools.worksheets import draw_sheets, held_out, training_stream
 
 TINY = TrainOptions(
-    layers=2, hidden=64, heads=4, mlp=96, batch=4, steps=12, problems=6, least=0.5, rate=5e-3, warmup=4, eval_sheets=1
+    layers=2, hidden=32, heads=4, mlp=48, batch=2, steps=8, problems=6, least=0.5, rate=2e-2, warmup=2, eval_sheets=1
 )
 TWINS = ("dream", "sdar")
 
@@ -71,7 +70,7 @@ def twin(request: pytest.FixtureRequest, llada: Path, tmp_path_factory: pytest.T
 # -- what is written
 def test_training_starts_from_another_layout_and_lowers_the_loss(twin: Path) -> None:
     report = json.loads((twin / "training.json").read_text())
-    assert report["losses"]["12"] < 0.8 * report["losses"]["1"]
+    assert report["losses"]["8"] < 0.8 * report["losses"]["1"]
     assert f"--layout {twin.name} --from model --no-state" in report["command"]
     tensors = sum(weight.numel() for weight in load_weights(twin)[1].values())
     assert report["parameters"] == tensors
@@ -97,12 +96,11 @@ def test_an_export_of_it_decodes_as_training_does(twin: Path, tmp_path: Path) ->
     assert bundle.manifest.assumed == (
         ("chat template: not in the tokenizer's files, taken from family dream",) if twin.name == "dream" else ()
     )
-    verify(bundle, SessionOptions(threads=1))
     shape, weights = load_weights(twin)
     sheets = held_out(2, 5, problems=6)
     prompts = [sheet.prompt.encode() for sheet in sheets]
-    expected = decode(shape, weights, prompts, 48, 48, torch.float32)
-    options = GenerationOptions(gen_length=48, temperature=0.0, top_p=1.0, remasking="low_confidence")
+    expected = decode(shape, weights, prompts, 24, 24, torch.float32)
+    options = GenerationOptions(gen_length=24, temperature=0.0, top_p=1.0, remasking="low_confidence")
     with DiffusionLM(bundle, open_session(bundle, SessionOptions(provider="torch", threads=1))) as model:
         assert model.tokenizer is not None
         for sheet, prompt, answer in zip(sheets, prompts, expected, strict=True):
@@ -157,7 +155,7 @@ def test_noisy_blocks_in_one_pass_are_what_each_is_when_it_is_decided() -> None:
 
 
 def test_shares_of_masked_tokens_add_up_to_one_on_average() -> None:
-    sheets = draw_sheets(training_stream(2), 64, 6)
+    sheets = draw_sheets(training_stream(2), 64, 6).cut(320)
     for layout, mask in (("dream", mask_answers), ("sdar", mask_blocks)):
         shape = replace(TINY, layout=layout).shape
         sums = [mask(shape, sheets, torch.Generator().manual_seed(seed), 0.1).shares.sum() for seed in range(20)]
@@ -205,14 +203,14 @@ def test_query_norms_start_at_the_size_that_queries_have() -> None:
     old, new = TINY.shape, replace(TINY, layout="sdar").shape
     weights = draw("llada")
     converted = convert_weights(old, weights, new)
-    rows = torch.randn(4000, old.hidden, generator=torch.Generator().manual_seed(2)) * weights["layers.0.norm1"]
-    for name, matrix in zip(("q_norm", "k_norm"), torch.split(converted["layers.0.qk"], [64, 32], dim=1), strict=True):
+    rows = torch.randn(8000, old.hidden, generator=torch.Generator().manual_seed(2)) * weights["layers.0.norm1"]
+    for name, matrix in zip(("q_norm", "k_norm"), torch.split(converted["layers.0.qk"], [32, 16], dim=1), strict=True):
         found = converted[f"layers.0.{name}"]
-        # Of 4,000 rows in 32 directions at least, with a deviation of half a percent.
-        torch.testing.assert_close(found, (rows @ matrix).square().mean().sqrt().expand(16), rtol=0.02, atol=0)
+        # Of 8,000 rows in 16 directions at least, with a deviation of half a percent.
+        torch.testing.assert_close(found, (rows @ matrix).square().mean().sqrt().expand(8), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"mlp": 64}, {"hidden": 32}, {"layers": 1}, {"heads": 2}])
+@pytest.mark.parametrize("change", [{"mlp": 64}, {"hidden": 64}, {"layers": 1}, {"heads": 2}])
 def test_other_sizes_are_not_converted(change: dict[str, int], llada: Path, tmp_path: Path) -> None:
     options = replace(TINY, layout="dream", source=llada, output=tmp_path / "x", **change)
     with pytest.raises(UsageError, match="which does not become"):
