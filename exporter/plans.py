@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from dllm_export.errors import DllmExportError
 from dllm_export.exporter.build_progress import BuildProgress, make_monitor
 from dllm_export.exporter.precision import set_precision
 from dllm_export.exporter.ranges import VALUE_INPUT, input_ranges
@@ -18,6 +20,8 @@ from dllm_export.runtime.tensorrt.profiles import Range
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+R = TypeVar("R")
 
 SOURCE_PLACE = re.compile(r"\s*\bIn \w+ at /\S+?:\d+(?=[\s)]|$)")
 """Where in its own source the library noticed: nothing that a reader has."""
@@ -39,9 +43,26 @@ def build_plan(
 ) -> tuple[bytes, tuple[str, ...]]:
     """One serialised engine and the builder flags it was made with, or an error with the library's own messages.
 
-    A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all.
+    A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all. Ctrl-C ends
+    the build at its next step.
     """
-    builder = builder or make_builder(library)
+    builder, progress = builder or make_builder(library), progress or BuildProgress(lambda share: None)
+    make = partial(make_plan, library, onnx, spec, dtype, profiles, targets, builder, progress, timing)
+    return run_aside(library, make, progress)
+
+
+def make_plan(
+    library: TensorRt,
+    onnx: bytes,
+    spec: GraphSpec,
+    dtype: DType,
+    profiles: Sequence[Mapping[str, Range]],
+    targets: Sequence[str],
+    builder: trt.Builder,
+    progress: BuildProgress,
+    timing: Path | None,
+) -> tuple[bytes, tuple[str, ...]]:
+    """The same, in this thread."""
     network = library.require(builder.create_network(library.network_flags()), "create a network")
     parse_graph(library, network, onnx, spec.name)
     config = builder.create_builder_config()
@@ -53,7 +74,10 @@ def build_plan(
     set_targets(library, config, targets)
     # The names keep alive what the library only points to.
     cache = load_timing_cache(library, config, timing) if timing is not None else None
-    plan = run_builder(library, builder, network, config, progress or BuildProgress(lambda share: None))
+    monitor = make_monitor(library.module, progress)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
     library.logger.messages = list(shorten(library.logger.messages))
     plan = library.require(plan, f"build graph '{spec.name}'")
     if timing is not None and cache is not None:
@@ -67,24 +91,26 @@ def make_builder(library: TensorRt) -> trt.Builder:
     return builder
 
 
-def run_builder(library: TensorRt, builder: Any, network: Any, config: Any, progress: BuildProgress) -> Any:
-    """The library's plan, or None. Ctrl-C ends the build at its next step.
+def run_aside(library: TensorRt, work: Callable[[], R], progress: BuildProgress) -> R:
+    """The result of work with the library, done in a thread of its own.
 
-    The builder works in a thread of its own: this one then stays free to be interrupted, wherever the library calls from.
+    This thread is then free to be interrupted at any time. In one that is within the library, Ctrl-C may arrive while that
+    calls back to log something, which lets no exception through.
     """
-    monitor = make_monitor(library.module, progress)
-    if monitor is not None:
-        config.progress_monitor = monitor
+    result: list[R] = []
     with ThreadPoolExecutor(1) as thread:
-        work = thread.submit(builder.build_serialized_network, network, config)
+        task = thread.submit(work)
         try:
-            plan = work.result()
+            result.append(task.result())
         except KeyboardInterrupt as interrupt:
             progress.failure = interrupt  # leaving the block waits until the library has let go
+        except DllmExportError:
+            if progress.failure is None:  # else the library was told to stop, and says that it made nothing
+                raise
     if progress.failure is not None:
         library.logger.messages = []
         raise progress.failure
-    return plan
+    return result[0]
 
 
 def parse_graph(library: TensorRt, network: Any, onnx: bytes, graph: str) -> None:
