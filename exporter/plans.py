@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_export.exporter.build_progress import BuildProgress, make_monitor
+from dllm_export.exporter.compatibility import set_compatible
 from dllm_export.exporter.precision import set_precision
 from dllm_export.exporter.ranges import VALUE_INPUT, input_ranges
-from dllm_export.exporter.timing import load_timing_cache, save_timing_cache
+from dllm_export.exporter.timing import TIMING_CACHE, load_timing_cache, require_timing_cache, save_timing_cache
 from dllm_export.graphs import DType, GraphSpec
+from dllm_export.runtime.manifest import Compatible
 from dllm_export.runtime.tensorrt.library import TensorRt
 from dllm_export.runtime.tensorrt.profiles import Range
 
@@ -36,10 +38,13 @@ def build_plan(
     builder: trt.Builder | None = None,
     progress: BuildProgress | None = None,
     timing: Path | None = None,
+    strict: bool = False,
+    compatible: Compatible = "none",
 ) -> tuple[bytes, tuple[str, ...]]:
     """One serialised engine and the builder flags it was made with, or an error with the library's own messages.
 
-    A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all.
+    A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all. A strict
+    build measures nothing: it fails where the timing cache lacks something, and leaves the file as it is.
     """
     builder = builder or make_builder(library)
     network = library.require(builder.create_network(library.network_flags()), "create a network")
@@ -49,14 +54,20 @@ def build_plan(
         profile = make_profile(builder, spec, ranges)
         if ranges:
             library.require(config.add_optimization_profile(profile), f"accept the size ranges of '{spec.name}'")
-    flags = set_precision(library, network, config, dtype)
+    flags = set_precision(library, network, config, dtype) + set_compatible(library, config, compatible)
     set_targets(library, config, targets)
     # The names keep alive what the library only points to.
-    cache = load_timing_cache(library, config, timing) if timing is not None else None
+    cache: Any = None
+    if timing is not None and strict:
+        cache = require_timing_cache(library, config, timing)
+        flags += ("ERROR_ON_TIMING_CACHE_MISS",)
+    elif timing is not None:
+        cache = load_timing_cache(library, config, timing)
     plan = run_builder(library, builder, network, config, progress or BuildProgress(lambda share: None))
     library.logger.messages = list(shorten(library.logger.messages))
-    plan = library.require(plan, f"build graph '{spec.name}'")
-    if timing is not None and cache is not None:
+    alone = f" from {TIMING_CACHE} alone (--timing-cache use measures what that lacks)" if strict else ""
+    plan = library.require(plan, f"build graph '{spec.name}'{alone}")
+    if timing is not None and cache is not None and not strict:
         save_timing_cache(config, timing)
     return bytes(plan), flags
 
