@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from dllm_export.errors import UsageError
 from dllm_export.graphs import GraphSpec
+from dllm_export.runtime.manifest import Compatible
 from dllm_export.runtime.options import flag, option
+
+TimingCache = Literal["use", "strict"]
 
 LARGEST_BATCH = 65536
 """Above it, dims of a layer leave the 32 bits that kernels index with; the compiler's own words for that help nobody."""
@@ -28,6 +32,17 @@ class BuildOptions:
     )
     graphs: str = option("", "graphs to build engines of, with a comma between; default: all of the bundle's")
     rows: int = option(256, "response rows that engines are tuned for; the head takes no more of them in a step")
+    timing_cache: TimingCache = option(
+        "use",
+        "what the builder measured before (tensorrt): use it and add to it, or fail where it lacks a measurement",
+        choices=get_args(TimingCache),
+    )
+    compatible: Compatible = option(
+        "none",
+        "what else engines shall run on, at a price in speed (tensorrt): newer versions of the library, all GPUs of the same "
+        "compute capability, or all of 8.0 and newer",
+        choices=get_args(Compatible),
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_length", "rows"):
@@ -36,6 +51,9 @@ class BuildOptions:
                 raise UsageError(f"{flag(name)} is {value}, expected at least 1")
         if self.max_batch > LARGEST_BATCH:
             raise UsageError(f"--max-batch is {self.max_batch}, expected at most {LARGEST_BATCH}")
+        for name, known in (("timing_cache", get_args(TimingCache)), ("compatible", get_args(Compatible))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{flag(name)} is {getattr(self, name)!r}, expected one of: {', '.join(known)}")
         parse_sizes(self.fixed)
         if not self.sm.replace(",", "").strip():
             raise UsageError("--sm is empty, expected compute capabilities, such as 8.9,12.0, or current")

@@ -7,7 +7,9 @@ from typing import get_args
 
 from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.exporter.build_options import BuildOptions
+from dllm_export.exporter.compatibility import check_capabilities, check_compatible
 from dllm_export.exporter.precision import check_dtype
+from dllm_export.exporter.timing import check_timing
 from dllm_export.graphs import DType
 from dllm_export.runtime.tensorrt.library import Flavour, TensorRt, choose_targets, find_library, load_tensorrt
 
@@ -30,9 +32,17 @@ class BuildTarget:
 def choose_target(options: BuildOptions) -> BuildTarget:
     """The library and GPUs that the options mean here, or an error before anything is built."""
     library = load_tensorrt(options.flavour)
+    check_switches(options, library.flavour, library)
     # One set of GPUs is one folder and one key, however it was written.
     targets = sorted(set(choose_targets(library, options.sm)), key=lambda sm: tuple(map(int, sm.split("."))))
+    check_capabilities(options.compatible, targets)
     return BuildTarget(library, _explain_choice(options.flavour), tuple(targets))
+
+
+def check_switches(options: BuildOptions, flavour: Flavour, library: TensorRt | None) -> None:
+    """Refuse what only other libraries can be asked for; None stands for the newest release of the flavour."""
+    check_timing(options.timing_cache, flavour, library)
+    check_compatible(options.compatible, flavour, library)
 
 
 def check_build(library: TensorRt, options: BuildOptions, dtype: DType, model_length: int) -> None:

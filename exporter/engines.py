@@ -29,7 +29,7 @@ from dllm_export.runtime.bundle import (
     verify_file,
 )
 from dllm_export.runtime.files import replace_file
-from dllm_export.runtime.manifest import MANIFEST, EngineRecord, FileRecord, Manifest, encode_manifest
+from dllm_export.runtime.manifest import MANIFEST, Compatible, EngineRecord, FileRecord, Manifest, encode_manifest
 from dllm_export.runtime.tensorrt.library import current_platform
 from dllm_export.runtime.tensorrt.profiles import Range
 
@@ -62,7 +62,7 @@ def build_engines(
             report(f"engine {name} ({number + 1} of {len(missing)})", int(100 * (number + share) / len(missing)), 100)
 
         show(0.0)
-        record, plan = build_engine(bundle, specs[name], target, profiles, key, builder, BuildProgress(show))
+        record, plan = build_engine(bundle, specs[name], options, target, profiles, key, builder, BuildProgress(show))
         manifest = _add_engine(bundle.path, manifest, record, plan)
     report("engines", 100, 100)
     return open_bundle(bundle.path)
@@ -106,7 +106,7 @@ def find_missing(
     missing = {}
     for name, spec in specs.items():
         profiles = make_profiles(target.library.flavour, spec, bundle.manifest.shape.max_length, options)
-        key = _build_key(bundle.graph_bytes(spec.name), target, profiles)
+        key = _build_key(bundle.graph_bytes(spec.name), target, profiles, options.compatible)
         if key not in present:
             missing[name] = (profiles, key)
     return missing
@@ -115,6 +115,7 @@ def find_missing(
 def build_engine(
     bundle: Bundle,
     spec: GraphSpec,
+    options: BuildOptions,
     target: BuildTarget,
     profiles: tuple[dict[str, Range], ...],
     key: str,
@@ -124,7 +125,7 @@ def build_engine(
     """The engine of one graph, and its record for the manifest."""
     library, start = target.library, time.perf_counter()
     timing = None if library.targets else bundle.path / target.folder / TIMING_CACHE
-    if timing is not None:
+    if timing is not None and options.timing_cache != "strict":
         timing.parent.mkdir(parents=True, exist_ok=True)
     plan, flags = build_plan(
         library,
@@ -136,6 +137,8 @@ def build_engine(
         builder=builder,
         progress=progress,
         timing=timing,
+        strict=options.timing_cache == "strict",
+        compatible=options.compatible,
     )
     record = EngineRecord(
         graph=spec.name,
@@ -145,6 +148,7 @@ def build_engine(
         targets=target.targets,
         platform=current_platform(),
         cuda=find_build_cuda(library),
+        compatible=options.compatible,
         flags=flags,
         profiles=tuple({dim: profile[dim] for dim in sorted(profile)} for profile in profiles),
         key=key,
@@ -153,11 +157,16 @@ def build_engine(
     return record, plan
 
 
-def _build_key(onnx: bytes, target: BuildTarget, profiles: Sequence[Mapping[str, Range]]) -> str:
-    """Digest of everything a plan depends on: builds of the same inputs differ in bytes, so plans cannot be compared."""
+def _build_key(
+    onnx: bytes, target: BuildTarget, profiles: Sequence[Mapping[str, Range]], compatible: Compatible
+) -> str:
+    """Digest of everything a plan depends on: builds of the same inputs differ in bytes, so plans cannot be compared.
+
+    A strict timing cache is left out: it decides whether a plan is made, not which.
+    """
     sorted_profiles = [dict(sorted(profile.items())) for profile in profiles]
     library = target.library
-    parts = (BUILD, library.flavour, library.version, target.targets, current_platform(), sorted_profiles)
+    parts = (BUILD, library.flavour, library.version, target.targets, current_platform(), sorted_profiles, compatible)
     return hashlib.sha256(onnx + msgspec.json.encode(parts)).hexdigest()
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dllm_export.errors import DllmExportError
 from dllm_export.exporter.build_progress import BuildProgress, make_monitor
+from dllm_export.exporter.compatibility import set_compatible
 from dllm_export.exporter.precision import set_precision
 from dllm_export.exporter.ranges import VALUE_INPUT, input_ranges
-from dllm_export.exporter.timing import load_timing_cache, save_timing_cache
+from dllm_export.exporter.timing import TIMING_CACHE, load_timing_cache, require_timing_cache, save_timing_cache
 from dllm_export.graphs import DType, GraphSpec
+from dllm_export.runtime.manifest import Compatible
 from dllm_export.runtime.tensorrt.library import TensorRt
 from dllm_export.runtime.tensorrt.profiles import Range
 
@@ -40,14 +42,30 @@ def build_plan(
     builder: trt.Builder | None = None,
     progress: BuildProgress | None = None,
     timing: Path | None = None,
+    strict: bool = False,
+    compatible: Compatible = "none",
 ) -> tuple[bytes, tuple[str, ...]]:
     """One serialised engine and the builder flags it was made with, or an error with the library's own messages.
 
-    A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all. Ctrl-C ends
-    the build at its next step.
+    A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all. A strict
+    build measures nothing: it fails where the timing cache lacks something, and leaves the file as it is. Ctrl-C ends the build
+    at its next step.
     """
     builder, progress = builder or make_builder(library), progress or BuildProgress(lambda share: None)
-    make = partial(make_plan, library, onnx, spec, dtype, profiles, targets, builder, progress, timing)
+    make = partial(
+        make_plan,
+        library,
+        onnx,
+        spec,
+        dtype,
+        profiles,
+        targets,
+        builder=builder,
+        progress=progress,
+        timing=timing,
+        strict=strict,
+        compatible=compatible,
+    )
     return run_aside(library, make, progress)
 
 
@@ -58,9 +76,12 @@ def make_plan(
     dtype: DType,
     profiles: Sequence[Mapping[str, Range]],
     targets: Sequence[str],
+    *,
     builder: trt.Builder,
     progress: BuildProgress,
     timing: Path | None,
+    strict: bool,
+    compatible: Compatible,
 ) -> tuple[bytes, tuple[str, ...]]:
     """The same, in this thread."""
     network = library.require(builder.create_network(library.network_flags()), "create a network")
@@ -70,17 +91,23 @@ def make_plan(
         profile = make_profile(builder, spec, ranges)
         if ranges:
             library.require(config.add_optimization_profile(profile), f"accept the size ranges of '{spec.name}'")
-    flags = set_precision(library, network, config, dtype)
+    flags = set_precision(library, network, config, dtype) + set_compatible(library, config, compatible)
     set_targets(library, config, targets)
     # The names keep alive what the library only points to.
-    cache = load_timing_cache(library, config, timing) if timing is not None else None
     monitor = make_monitor(library.module, progress)
     if monitor is not None:
         config.progress_monitor = monitor
+    cache: Any = None
+    if timing is not None and strict:
+        cache = require_timing_cache(library, config, timing)
+        flags += ("ERROR_ON_TIMING_CACHE_MISS",)
+    elif timing is not None:
+        cache = load_timing_cache(library, config, timing)
     plan = builder.build_serialized_network(network, config)
     library.logger.messages = list(shorten(library.logger.messages))
-    plan = library.require(plan, f"build graph '{spec.name}'")
-    if timing is not None and cache is not None:
+    alone = f" from {TIMING_CACHE} alone (--timing-cache use measures what that lacks)" if strict else ""
+    plan = library.require(plan, f"build graph '{spec.name}'{alone}")
+    if timing is not None and cache is not None and not strict:
         save_timing_cache(config, timing)
     return bytes(plan), flags
 

@@ -11,16 +11,23 @@ from typing import Literal, get_args
 
 from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.exporter.build_options import BuildOptions, choose_graphs
-from dllm_export.exporter.build_target import check_length
+from dllm_export.exporter.build_target import check_length, check_switches
 from dllm_export.exporter.precision import check_dtype
 from dllm_export.exporter.ranges import check_fixed_sizes, input_ranges, make_profiles
 from dllm_export.graphs import DType, GraphSpec, engine_specs, graph_specs
-from dllm_export.runtime.manifest import Manifest
+from dllm_export.runtime.manifest import Compatible, Manifest
 from dllm_export.runtime.tensorrt.library import REFUSED_BY_RTX, Flavour, TensorRt, choose_targets, find_library
 from dllm_export.runtime.tensorrt.profiles import Range
 
 Typing = Literal["weak", "asked", "strong"]
 """Whether numbers' types come from the graph: never (8.6), when asked (9 and 10), always (11 and TensorRT for RTX)."""
+
+COMPATIBILITY: Mapping[Compatible, tuple[str, ...]] = {
+    "none": (),
+    "versions": ("--versionCompatible",),
+    "same-capability": ("--hardwareCompatibilityLevel=sameComputeCapability",),
+    "ampere-plus": ("--hardwareCompatibilityLevel=ampere+",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ def choose_tool(options: BuildOptions, dtype: DType) -> Tool:
     if library is not None:
         check_dtype(library, dtype)
     flavour: Flavour = library.flavour if library else wanted[0]
+    check_switches(options, flavour, library)
     targets = () if options.sm == "current" else name_targets(options, library, flavour)
     reason = f"{library.flavour} {library.version} is installed" if library else f"{flavour} is not installed"
     return Tool("tensorrt_rtx" if flavour == "tensorrt-rtx" else "trtexec", _typing(library), targets, reason)
@@ -75,13 +83,27 @@ def list_commands(root: Path, manifest: Manifest, options: BuildOptions, tool: T
     check_fixed_sizes(specs, manifest.shape.max_length, options)
     for name, spec in specs.items():
         profiles = make_profiles(flavour, spec, manifest.shape.max_length, options)
-        yield name, write_command(tool, str(root / manifest.graphs[name].file), spec, manifest.dtype, profiles)
+        onnx = str(root / manifest.graphs[name].file)
+        yield name, write_command(tool, onnx, spec, manifest.dtype, profiles, name_switches(options))
 
 
-def write_command(tool: Tool, onnx: str, spec: GraphSpec, dtype: DType, profiles: Sequence[Mapping[str, Range]]) -> str:
+def name_switches(options: BuildOptions) -> tuple[str, ...]:
+    """The tool's words for a strict timing cache, which lies beside the plan, and for compatibility."""
+    timing = ("--timingCacheFile=timing.cache", "--errorOnTimingCacheMiss") if options.timing_cache == "strict" else ()
+    return timing + COMPATIBILITY[options.compatible]
+
+
+def write_command(
+    tool: Tool,
+    onnx: str,
+    spec: GraphSpec,
+    dtype: DType,
+    profiles: Sequence[Mapping[str, Range]],
+    switches: Sequence[str] = (),
+) -> str:
     """The line that builds one graph into a plan in the working directory, as a shell takes it."""
     words = [tool.name, f"--onnx={onnx}", f"--saveEngine={spec.name}.plan", "--skipInference"]
-    words += _types(tool, dtype)
+    words += [*_types(tool, dtype), *switches]
     if tool.name == "tensorrt_rtx":
         named = ",".join(target.replace(".", "") for target in tool.targets)
         words.append(f"--computeCapabilities={named}" if named else "--useGpu")

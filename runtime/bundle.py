@@ -189,6 +189,8 @@ def find_misstatement(manifest: Manifest, record: EngineRecord, specs: Mapping[s
         return f"is in '{record.file}', which {MANIFEST} does not list under {ENGINES}"
     if not record.targets or not re.fullmatch(r"(\d+\.\d+)?", record.cuda):
         return "does not say for which GPUs and driver it is"
+    if record.flavour == "tensorrt-rtx" and record.compatible != "none":
+        return f"is of tensorrt-rtx and says to be compatible with {record.compatible}, which only tensorrt builds"
     if not record.profiles:
         return "has no size ranges"
     inputs = known[record.graph].inputs

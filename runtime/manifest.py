@@ -12,6 +12,9 @@ from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import DType, ModelShape, TensorSpec, TensorType
 from dllm_export.graphs.families import SamplerDefaults, SpecialTokens
 
+Compatible = Literal["none", "versions", "same-capability", "ampere-plus"]
+"""What else than its own library and GPU an engine was built for."""
+
 FORMAT = 5
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 * 2**20
@@ -75,6 +78,9 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Compute capabilities, such as 8.9."""
     platform: str
     """Operating system and processor of the build, such as linux-x86_64."""
+    compatible: Compatible = "none"
+    """What the library was asked to make it run on, too: newer versions, GPUs of the same compute capability, or of 8.0
+    and newer. One for newer versions holds code of the library's own, which runs on the host."""
     cuda: str
     """CUDA version of the driver that it was built under, such as 12.8; empty where it was built without a GPU."""
     flags: tuple[str, ...]

@@ -116,6 +116,11 @@ class SessionOptions:
         32,
         "CUDA graphs kept, one per kind of step; 0 queues every call by itself (tensorrt; onnxruntime and torch on cuda)",
     )
+    allow_host_code: bool = option(
+        False,
+        "tensorrt: load engines that were built for newer versions, too; they hold code that runs on this machine's CPU, so "
+        "only from builders that you trust",
+    )
     compile: bool = option(
         False, "torch: run every graph through torch.compile, which takes a C++ compiler and minutes at the first steps"
     )
@@ -134,6 +139,10 @@ class SessionOptions:
             raise UsageError(f"--captures is {self.captures}, expected 0 (none) or more")
         if self.provider == "tensorrt" and self.device == "cpu":
             raise UsageError("--device cpu does not go with --provider tensorrt, which runs on GPUs: leave it out")
+        if self.allow_host_code and self.provider != "tensorrt":
+            raise UsageError(
+                f"--allow-host-code does not go with --provider {self.provider}, it belongs to tensorrt: leave it out"
+            )
         if self.compile and self.provider != "torch":
             raise UsageError(
                 f"--compile does not go with --provider {self.provider}, it belongs to torch: leave it out"

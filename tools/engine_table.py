@@ -21,6 +21,7 @@ def describe_engine(manifest: Manifest, record: EngineRecord) -> dict[str, objec
         "targets": record.targets,
         "platform": record.platform,
         "cuda": record.cuda,
+        "compatible": record.compatible,
         "profiles": record.profiles,
         "flags": record.flags,
         "bytes": plan_bytes(manifest, record),

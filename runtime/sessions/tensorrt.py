@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
 import ml_dtypes
@@ -36,6 +36,9 @@ from dllm_export.runtime.tensorrt.kernels import KernelCache
 from dllm_export.runtime.tensorrt.library import Flavour, TensorRt, current_platform, find_library
 from dllm_export.runtime.tensorrt.profiles import choose_profile, measure_sizes
 from dllm_export.runtime.tensorrt.stages import split_call, whole_graph
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 NUMPY_TYPES: Mapping[str, Any] = {
     "float32": np.float32,
@@ -112,7 +115,7 @@ class TensorRtSession:
         self._engines: dict[str, Engine] = {}
         self._kernels: KernelCache | None = None
         try:
-            self._library, self._host, records = find_engines(bundle, flavours)
+            self._library, self._host, records = find_engines(bundle, flavours, options)
             self._require_memory(bundle.weight_bytes, 0)  # before the library, which says little when memory is short
             self._engines = self._load_engines(records)
             scratch = max(engine.scratch_bytes for engine in self._engines.values())
@@ -134,7 +137,9 @@ class TensorRtSession:
         library = self._library
         if library.flavour == "tensorrt-rtx":
             self._kernels = KernelCache(self._bundle.path, library.version, gpu_name(), driver_cuda())
-        self._runtime = library.create(library.module.Runtime)
+        self._runtime: trt.Runtime = library.create(library.module.Runtime)
+        if any(record.compatible == "versions" for record in records.values()):
+            self._runtime.engine_host_code_allowed = True  # none is chosen unless the user has said so
         specs = engine_specs(self._bundle.specs, staged=library.staged)
         dtype, engines = self._bundle.manifest.dtype, {}
         for graph, record in records.items():
@@ -279,7 +284,9 @@ class TensorRtSession:
         return name, memory
 
 
-def find_engines(bundle: Bundle, flavours: Sequence[Flavour]) -> tuple[TensorRt, Host, dict[str, EngineRecord]]:
+def find_engines(
+    bundle: Bundle, flavours: Sequence[Flavour], options: SessionOptions
+) -> tuple[TensorRt, Host, dict[str, EngineRecord]]:
     """The first installed library that has engines, all of which fit, and those engines; the first reason if none."""
     reasons: list[DllmExportError] = []
     for flavour in flavours:
@@ -292,6 +299,7 @@ def find_engines(bundle: Bundle, flavours: Sequence[Flavour]) -> tuple[TensorRt,
             capability=gpu_capability(),
             platform=current_platform(),
             cuda=driver_cuda(),
+            host_code=options.allow_host_code,
         )
         try:
             specs = engine_specs(bundle.specs, staged=library.staged)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast, get_args
 
 import pytest
 
 from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.exporter.build_options import BuildOptions
-from dllm_export.exporter.build_target import check_build, choose_target
+from dllm_export.exporter.build_target import check_build, check_switches, choose_target
+from dllm_export.exporter.compatibility import check_capabilities, set_compatible
 from dllm_export.exporter.ranges import dim_ranges, input_ranges, make_profiles
-from dllm_export.exporter.timing import load_timing_cache, save_timing_cache
+from dllm_export.exporter.timing import load_timing_cache, require_timing_cache, save_timing_cache
 from dllm_export.graphs import ModelShape, graph_specs
+from dllm_export.runtime.manifest import Compatible
 from dllm_export.runtime.tensorrt.library import TensorRt, choose_targets, load_tensorrt
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
+rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +28,18 @@ def library() -> TensorRt:
 
 def old_library() -> TensorRt:
     """What 8.6 shows of itself: explicit batch as a flag, and no strong typing."""
-    flags = SimpleNamespace(EXPLICIT_BATCH=0)
-    return TensorRt(
-        "tensorrt", "8.6.1", SimpleNamespace(NetworkDefinitionCreationFlag=flags), SimpleNamespace(messages=[])
+    module = SimpleNamespace(
+        NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0),
+        BuilderFlag=SimpleNamespace(FP16=0, VERSION_COMPATIBLE=15),
+        HardwareCompatibilityLevel=SimpleNamespace(NONE=0, AMPERE_PLUS=1),
     )
+    return TensorRt("tensorrt", "8.6.1", module, SimpleNamespace(messages=[]))
+
+
+def new_library() -> TensorRt:
+    """What 11 shows of itself, as far as it is asked here: the names of TensorRT for RTX, without its GPUs by name."""
+    module = SimpleNamespace(**{name: value for name, value in vars(rtx).items() if name != "ComputeCapability"})
+    return TensorRt("tensorrt", "11.1.0", module, SimpleNamespace(messages=[]))
 
 
 # -- which library and which GPU
@@ -102,11 +113,72 @@ def test_bfloat16_is_refused_where_the_library_has_none(library: TensorRt) -> No
         ({"rows": -1}, "--rows is -1, expected at least 1"),
         ({"max_batch": 65537}, "--max-batch is 65537, expected at most 65536"),
         ({"sm": " , "}, "--sm is empty"),
+        ({"compatible": "all"}, "--compatible is 'all', expected one of: none, versions, same-capability, ampere-plus"),
+        ({"timing_cache": "off"}, "--timing-cache is 'off', expected one of: use, strict"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BuildOptions(**values)
+
+
+COMPATIBLE: tuple[Compatible, ...] = get_args(Compatible)
+
+
+# -- switches that some libraries have
+@pytest.mark.parametrize(
+    "options", [*(BuildOptions(compatible=asked) for asked in COMPATIBLE), BuildOptions(timing_cache="strict")]
+)
+def test_a_switch_is_taken_where_the_library_has_it_and_refused_elsewhere(
+    options: BuildOptions, library: TensorRt
+) -> None:
+    for newest in (new_library(), None):
+        check_switches(options, "tensorrt", newest)
+    asked = f"--compatible {options.compatible}" if options.timing_cache == "use" else "--timing-cache strict"
+    if asked == "--compatible none":
+        check_switches(options, "tensorrt-rtx", library)
+        return
+    for newest in (library, None):
+        with pytest.raises(UsageError, match=rf"^{asked.split(' ')[0]} .*is for standard TensorRT, .*: leave it out$"):
+            check_switches(options, "tensorrt-rtx", newest)
+    if asked in ("--compatible same-capability", "--timing-cache strict"):
+        with pytest.raises(UsageError, match=rf"^tensorrt 8\.6\.1 has no {asked}, .* and newer have: leave it out$"):
+            check_switches(options, "tensorrt", old_library())
+    else:
+        check_switches(options, "tensorrt", old_library())
+
+
+@pytest.mark.parametrize(
+    ("asked", "least"), [("none", "7.0"), ("versions", "7.0"), ("same-capability", "7.5"), ("ampere-plus", "8.0")]
+)
+def test_gpus_too_old_for_a_level_are_refused(asked: Compatible, least: str) -> None:
+    """The least capabilities are those of the levels' own documentation."""
+    check_capabilities(asked, (least, "8.9", "12.0"))
+    if asked in ("same-capability", "ampere-plus"):
+        with pytest.raises(
+            UsageError, match=rf"--compatible {asked} is built on GPUs of compute capability {least} and newer"
+        ):
+            check_capabilities(asked, ("7.0",))
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "level"),
+    [
+        ("none", (), None),
+        ("versions", ("VERSION_COMPATIBLE",), None),
+        ("same-capability", (), "SAME_COMPUTE_CAPABILITY"),
+        ("ampere-plus", (), "AMPERE_PLUS"),
+    ],
+)
+def test_each_kind_of_compatibility_is_one_switch_of_the_library(
+    asked: Compatible, flags: tuple[str, ...], level: str | None, library: TensorRt
+) -> None:
+    config, set_flags = SimpleNamespace(), []
+    config.set_flag = set_flags.append
+    assert set_compatible(library, cast(Any, config), asked) == flags
+    assert set_flags == [getattr(rtx.BuilderFlag, name) for name in flags]
+    found = getattr(config, "hardware_compatibility_level", None)
+    assert found == (level and getattr(rtx.HardwareCompatibilityLevel, level))
 
 
 def test_a_length_that_the_model_has_is_taken_and_one_more_is_not(library: TensorRt) -> None:
@@ -150,6 +222,7 @@ class Config:
 
     def __init__(self) -> None:
         self.cache: SimpleNamespace | None = None
+        self.flags: list[object] = []
 
     def create_timing_cache(self, blob: bytes) -> SimpleNamespace | None:
         return SimpleNamespace(blob=blob) if blob == b"" or blob.startswith(b"cache") else None
@@ -160,6 +233,9 @@ class Config:
             return False
         self.cache = SimpleNamespace(serialize=lambda: cache.blob + b"cache")
         return True
+
+    def set_flag(self, flag: object) -> None:
+        self.flags.append(flag)
 
     def get_timing_cache(self) -> SimpleNamespace | None:
         return self.cache
@@ -181,6 +257,26 @@ def test_a_timing_cache_is_carried_on_and_a_useless_one_replaced(
     save_timing_cache(config, file)
     assert file.read_bytes() == after
     assert [path.name for path in tmp_path.iterdir()] == ["timing.cache"]
+
+
+def test_a_strict_cache_must_be_there_and_be_taken(tmp_path: Path, library: TensorRt) -> None:
+    file, config, standard = tmp_path / "timing.cache", Config(), new_library()
+    with pytest.raises(
+        UsageError, match=r"^--timing-cache strict has nothing to go by \(.*timing\.cache'\): build with "
+    ):
+        require_timing_cache(standard, cast(Any, config), file)
+    for refused in (b"damaged", b"cache of another GPU"):
+        file.write_bytes(refused)
+        standard.logger.messages = ["it is another GPU's"]
+        with pytest.raises(IncompatibleError) as error:
+            require_timing_cache(standard, cast(Any, config), file)
+        assert str(error.value) == (
+            f"TensorRT could not use {file}, which --timing-cache strict needs: it is another GPU's"
+        )
+    assert config.flags == []
+    file.write_bytes(b"cache")
+    assert require_timing_cache(standard, cast(Any, config), file).blob == b"cache"
+    assert config.flags == [rtx.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS]
 
 
 def test_a_timing_cache_that_cannot_be_kept_fails_nothing(tmp_path: Any) -> None:

@@ -7,24 +7,28 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
 
-from dllm_export.errors import DllmExportError, IntegrityError, ResourceError, UsageError
+from dllm_export.errors import DllmExportError, IncompatibleError, IntegrityError, ResourceError, UsageError
 from dllm_export.exporter.build_options import BuildOptions
-from dllm_export.exporter.engines import build_engines, drop_damaged_engines
+from dllm_export.exporter.build_progress import BuildProgress
+from dllm_export.exporter.build_target import choose_target
+from dllm_export.exporter.engines import build_engine, build_engines, drop_damaged_engines, find_missing
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.options import ExportOptions, ExportType
 from dllm_export.exporter.pipeline import export
-from dllm_export.exporter.plans import build_plan
+from dllm_export.exporter.plans import build_plan, make_builder
 from dllm_export.exporter.ranges import make_profiles
 from dllm_export.graphs import DType, ModelShape, engine_specs, graph_specs
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.files import replace_file
-from dllm_export.runtime.manifest import encode_manifest
+from dllm_export.runtime.manifest import Compatible, encode_manifest
 from dllm_export.runtime.tensorrt.library import TensorRt, current_platform, load_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
@@ -132,6 +136,39 @@ def test_a_second_build_does_nothing_and_other_sizes_build_again(built: Bundle, 
     assert len(again.engines) == len(copy.manifest.engines)
     assert not {record.key for record in again.engines} & {record.key for record in copy.manifest.engines}
     assert plan_files(copy.path) == {record.file for record in again.engines}
+
+
+def test_engines_of_another_compatibility_are_others_and_say_so(built: Bundle) -> None:
+    options = BuildOptions(flavour="tensorrt-rtx", sm="8.9,12.0", compatible="ampere-plus")  # which RTX ignores
+    target, specs = choose_target(RTX), built.specs
+    keys = {
+        asked: {key for _, key in find_missing(built, specs, replace(RTX, compatible=asked), target).values()}
+        for asked in get_args(Compatible)
+    }
+    assert keys["none"] == set()
+    assert [len(keys[asked]) for asked in ("versions", "same-capability", "ampere-plus")] == [len(specs)] * 3
+    assert len(set().union(*keys.values())) == 3 * len(specs)
+    profiles, key = find_missing(built, specs, options, target)["gather"]
+    builder, progress = make_builder(target.library), BuildProgress(lambda share: None)
+    record, _ = build_engine(built, specs["gather"], options, target, profiles, key, builder, progress)
+    assert (record.compatible, record.key) == ("ampere-plus", key)
+    assert {engine.compatible for engine in built.manifest.engines} == {"none"}
+    asked = replace(options, compatible="versions")
+    with pytest.raises(IncompatibleError, match=r"could not build graph 'gather': .*lean"):  # which this library lacks
+        build_engine(built, specs["gather"], asked, target, profiles, key, builder, progress)
+
+
+def test_a_strict_build_without_a_timing_cache_is_refused_and_makes_no_folder(
+    unbuilt: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, spec = choose_target(RTX), unbuilt.specs["gather"]
+    options, progress = replace(RTX, timing_cache="strict"), BuildProgress(lambda share: None)
+    profiles, key = find_missing(unbuilt, {"gather": spec}, options, target)["gather"]
+    builder = make_builder(target.library)
+    monkeypatch.setattr(TensorRt, "targets", ())  # as standard TensorRT, which alone has such a cache
+    with pytest.raises(UsageError, match=r"strict has nothing to go by .*timing\.cache"):
+        build_engine(unbuilt, spec, options, target, profiles, key, builder, progress)
+    assert not (unbuilt.path / "engines").exists()
 
 
 def test_the_same_gpus_in_another_order_are_the_same_engines(built: Bundle, tmp_path: Path) -> None:

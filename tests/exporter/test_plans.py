@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,50 @@ def test_noise_stays_where_it_is_all_there_is() -> None:
     driver = "[checkMacros.cpp::catchCudaError::250] no driver"
     assert list(shorten([f"{driver}\nreal\n"])) == ["real"]
     assert list(shorten([driver])) == [driver]
+
+
+# -- switches that the compiler answers to, though only standard TensorRT acts on them
+DEPRECATED = pytest.mark.filterwarnings(
+    "ignore:.*Timing cache operations are no-ops in TensorRT-RTX:DeprecationWarning"
+)
+
+
+def test_a_plan_for_newer_versions_reaches_the_compiler(library: TensorRt, llada_8b: ModelShape) -> None:
+    """TensorRT for RTX has the flag and lacks the library that such a plan would hold, so that its build fails."""
+    spec = graph_specs(llada_8b)["embed"]
+    onnx, ranges = build_onnx(spec, llada_8b, "float16").SerializeToString(), [dim_ranges(spec, 4096, BuildOptions())]
+    build_plan(library, onnx, spec, "float16", ranges, ("8.9",))
+    with pytest.raises(IncompatibleError, match=r"could not build graph 'embed': .*lean"):
+        build_plan(library, onnx, spec, "float16", ranges, ("8.9",), compatible="versions")
+
+
+@DEPRECATED
+def test_a_strict_build_records_its_flag_and_leaves_the_cache_as_it_is(
+    library: TensorRt, llada_8b: ModelShape, tmp_path: Path
+) -> None:
+    spec, file = graph_specs(llada_8b)["embed"], tmp_path / "timing.cache"
+    onnx, ranges = build_onnx(spec, llada_8b, "float16").SerializeToString(), [dim_ranges(spec, 4096, BuildOptions())]
+    file.write_bytes(b"")
+    _, flags = build_plan(library, onnx, spec, "float16", ranges, ("8.9",), timing=file, strict=True)
+    assert flags == ("ERROR_ON_TIMING_CACHE_MISS",)
+    assert file.read_bytes() == b""
+    assert build_plan(library, onnx, spec, "float16", ranges, ("8.9",), timing=file)[1] == ()
+    assert file.read_bytes() != b""
+
+
+@DEPRECATED
+def test_a_strict_build_that_fails_names_the_graph_and_what_would_measure(
+    library: TensorRt, llada_8b: ModelShape, tmp_path: Path
+) -> None:
+    spec, file = graph_specs(llada_8b)["layer_full"], tmp_path / "timing.cache"
+    onnx, ranges = build_onnx(spec, llada_8b, "bfloat16").SerializeToString(), [dim_ranges(spec, 4096, BuildOptions())]
+    file.write_bytes(b"")
+    with pytest.raises(IncompatibleError) as refused:
+        build_plan(library, onnx, spec, "bfloat16", ranges, ("7.5",), timing=file, strict=True)
+    assert str(refused.value).startswith(
+        "TensorRT could not build graph 'layer_full' from timing.cache alone (--timing-cache use measures what that lacks): "
+    )
+    assert "\n" not in str(refused.value)
 
 
 # -- progress

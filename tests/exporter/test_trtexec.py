@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,31 @@ def test_types_are_asked_for_where_the_release_needs_it(
     found, _ = read_back(write_command(Tool("trtexec", typing, (), ""), "e.onnx", spec, dtype, profiles))
     assert set(found) == {"--onnx", "--saveEngine", "--skipInference"} | flags
     assert found.get("--precisionConstraints", "obey") == "obey"
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (BuildOptions(), {}),
+        (BuildOptions(compatible="versions"), {"--versionCompatible": ""}),
+        (BuildOptions(compatible="same-capability"), {"--hardwareCompatibilityLevel": "sameComputeCapability"}),
+        (BuildOptions(compatible="ampere-plus"), {"--hardwareCompatibilityLevel": "ampere+"}),
+        (BuildOptions(timing_cache="strict"), {"--timingCacheFile": "timing.cache", "--errorOnTimingCacheMiss": ""}),
+    ],
+)
+def test_switches_are_named_as_the_tool_names_them(
+    options: BuildOptions, flags: dict[str, str], tiny_bundle: Bundle
+) -> None:
+    plain = dict(list_commands(Path("b"), tiny_bundle.manifest, BuildOptions(), STANDARD))
+    for name, line in list_commands(Path("b"), tiny_bundle.manifest, options, STANDARD):
+        found, without = read_back(line)[0], read_back(plain[name])[0]
+        assert found == without | flags
+
+
+def test_switches_that_the_tool_lacks_are_refused() -> None:
+    for options in (BuildOptions(sm="8.9", compatible="versions"), BuildOptions(sm="8.9", timing_cache="strict")):
+        with pytest.raises(UsageError, match="is for standard TensorRT"):
+            choose_tool(replace(options, flavour="tensorrt-rtx"), "float16")
 
 
 def test_the_current_gpu_needs_none_here(tiny_bundle: Bundle) -> None:

@@ -67,6 +67,69 @@ def test_every_reason_is_given_and_becomes_one_sentence_with_the_command(changes
     assert str(refused.value) == f"the engine of graph 'embed' does not fit: {reason}; run {STANDARD_LINE}"
 
 
+# -- plans that were built for more
+@pytest.mark.parametrize(
+    ("built", "here", "fits"),
+    [
+        ("10.9.0.34", "10.13.0.35", True),
+        ("10.13.0.35", "10.13.0.35", True),
+        ("10.13.0.35", "10.13.1.0", True),
+        ("8.6.1", "10.0.1", True),
+        ("10.13.0.35", "11.1.0", True),
+        ("10.13.0.35", "10.9.0.34", False),  # newer versions only
+        ("11.1.0", "10.13.0.35", False),
+        ("8.6.1", "11.1.0", False),
+        ("8.6.1", "9.3.0", False),
+        ("9.3.0", "10.0.1", False),
+        ("11.1.0", "12.0.0", False),
+        ("", "10.13.0.35", False),
+    ],
+)
+def test_a_plan_for_newer_versions_runs_where_they_are_and_its_code_is_allowed(
+    built: str, here: str, fits: bool
+) -> None:
+    record = msgspec.structs.replace(HERE, version=built, compatible="versions")
+    host = replace(STANDARD, version=here, host_code=True)
+    reason = f"it was built with tensorrt {built} for that and newer versions, here {here} is installed"
+    assert explain_misfit(record, host) == (None if fits else reason)
+    if fits:
+        assert explain_misfit(record, replace(host, host_code=False)) == (
+            "it brings code that runs on the host, which --allow-host-code takes from builders that you trust"
+        )
+    for other in ("none", "same-capability", "ampere-plus"):
+        strict = msgspec.structs.replace(record, compatible=other)
+        assert (explain_misfit(strict, host) is None) is (built == here)
+
+
+@pytest.mark.parametrize(
+    ("here", "fits"), [("8.0", True), ("8.9", True), ("12.0", True), ("10.0", True), ("7.5", False)]
+)
+def test_a_plan_for_ampere_runs_on_8_0_and_newer(here: str, fits: bool) -> None:
+    record = msgspec.structs.replace(HERE, compatible="ampere-plus", targets=("8.6",))
+    host = replace(STANDARD, capability=here)
+    reason = f"it was built for compute capability 8.0 and newer, this GPU has {here}"
+    assert explain_misfit(record, host) == (None if fits else reason)
+    for other in ("none", "versions", "same-capability"):
+        strict = msgspec.structs.replace(record, compatible=other)
+        assert explain_misfit(strict, replace(host, host_code=True)) == (
+            f"it was built for compute capability 8.6, this GPU has {here}"
+        )
+
+
+def test_what_was_built_for_more_still_stays_on_its_system_and_its_driver() -> None:
+    for asked in ("versions", "ampere-plus"):
+        record, host = msgspec.structs.replace(HERE, compatible=asked), replace(STANDARD, host_code=True)
+        assert explain_misfit(record, replace(host, platform="windows-amd64")) is not None
+        assert explain_misfit(msgspec.structs.replace(record, cuda="13.0"), host) is not None
+
+
+def test_an_engine_without_host_code_is_chosen_before_a_newer_one_with_it() -> None:
+    newer = msgspec.structs.replace(HERE, file="newer.plan", compatible="versions")
+    assert choose_engines([HERE, newer], ["embed"], STANDARD, "BUNDLE") == {"embed": HERE}
+    allowed = choose_engines([HERE, newer], ["embed"], replace(STANDARD, host_code=True), "BUNDLE")
+    assert allowed == {"embed": newer}
+
+
 def test_a_driver_that_answers_no_version_knows_no_cuda() -> None:
     reason = explain_misfit(HERE, replace(STANDARD, cuda=""))
     assert reason == "it was built under a driver for CUDA 12.8, this driver knows CUDA nothing: update it"

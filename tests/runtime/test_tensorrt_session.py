@@ -19,6 +19,7 @@ from dllm_export.exporter.engines import build_engines
 from dllm_export.exporter.pipeline import export
 from dllm_export.runtime.bundle import Bundle, open_bundle
 from dllm_export.runtime.session import SessionOptions, open_session
+from dllm_export.runtime.sessions.tensorrt import find_engines
 from dllm_export.tools.demo_checkpoint import save_checkpoint
 from dllm_export.tools.demo_model import draw_weights
 from dllm_export.tools.train import TrainOptions
@@ -98,6 +99,19 @@ def test_options_that_no_gpu_could_serve_are_refused_first(
     result = generate(bundle, *arguments)
     assert (result.code, result.out) == (UsageError.exit_code, "")
     assert message in result.err
+
+
+def test_host_code_is_allowed_to_tensorrt_alone_and_by_the_option_alone(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for provider in ("onnxruntime", "torch"):
+        with pytest.raises(UsageError, match=f"--allow-host-code does not go with --provider {provider}"):
+            SessionOptions(provider=provider, allow_host_code=True)
+    monkeypatch.setattr("dllm_export.runtime.sessions.tensorrt.gpu_capability", lambda: "8.9")
+    monkeypatch.setattr("dllm_export.runtime.sessions.tensorrt.driver_cuda", lambda: "13.0")
+    for allowed in (False, True):
+        _, host, _ = find_engines(bundle, ["tensorrt-rtx"], replace(TENSORRT, allow_host_code=allowed))
+        assert host.host_code is allowed
 
 
 BLOCKED = """

@@ -125,6 +125,16 @@ def test_only_the_graphs_that_are_asked_for_are_built(shell: Shell, bundle: Path
         ("--build --flavour tensorrt", 4, "pip install 'dllm-export[tensorrt]'"),
         ("--build --flavour tensorrt-rtx --sm 8.9 --max-length 641", 2, "this model takes at most 640 tokens"),
         ("--build --sm 8.9 --max-length 0", 2, "--max-length is 0, expected at least 1"),
+        (
+            "--build --sm 8.9 --compatible versions",
+            2,
+            "--compatible is for standard TensorRT, an engine of TensorRT for RTX",
+        ),
+        (
+            "--build --sm 8.9 --timing-cache strict",
+            2,
+            "--timing-cache strict is for standard TensorRT, TensorRT for RTX",
+        ),
         ("--sm 8.9", 2, "--sm applies to --build: add --build, or leave it out"),
         ("--max-batch 4", 2, "--max-batch applies to --build"),
     ],
@@ -203,6 +213,21 @@ def test_a_damaged_plan_stops_a_generation_with_the_command_that_repairs_it(
     open_bundle(bundle)
     again = shell(*shlex.split(line)[1:])
     assert again.err.splitlines()[1:] == [f"{GRAPHS} engines are up to date"]
+
+
+@pytest.mark.parametrize("flags", ["--compatible ampere-plus", "--timing-cache strict"])
+@pytest.mark.parametrize("where", ["--sm 8.9", "--flavour tensorrt-rtx --dry-run"])
+def test_switches_of_standard_tensorrt_are_refused_in_one_sentence(
+    flags: str, where: str, shell: Shell, bundle: Path
+) -> None:
+    result = shell("build", bundle, *where.split(), *flags.split())
+    assert (result.code, result.out) == (2, "")
+    assert " is for standard TensorRT, " in result.err
+    assert result.err.count("\n") == 1
+    dry = shell("build", bundle, "--dry-run", "--flavour", "tensorrt", *flags.split(), "--graphs", "embed")
+    assert dry.code == 0
+    assert ("--hardwareCompatibilityLevel=ampere+" in dry.out) is ("ampere" in flags)
+    assert ("--errorOnTimingCacheMiss" in dry.out) is ("strict" in flags)
 
 
 def test_a_dry_run_prints_a_command_per_graph_and_builds_nothing(shell: Shell, bundle: Path) -> None:

@@ -380,6 +380,7 @@ TESTED_APART = {
     "--sub-block-cache",  # of models that attend by blocks: runtime/test_blocks.py
     "--score-temperature",  # of continuous models: runtime/test_plaid.py
     "--predictor",  # of models that see the noise level: runtime/test_time_families.py
+    "--allow-host-code",  # of provider tensorrt: runtime/test_tensorrt_compatibility.py, runtime/test_tensorrt_session.py
     *("--watch", "--report", "--json", "--debug", "--device", "--captures", "--compile"),
 }
 
