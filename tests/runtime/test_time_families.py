@@ -505,7 +505,7 @@ def test_samples_are_distributed_as_enumeration_says(
     name: str, rule: Transfer, checkpoints: dict[str, Path], open_model: OpenModel
 ) -> None:
     """Two tokens of four symbols, few steps, so that rows are often revealed together and what that costs is in the law."""
-    steps, prompt, count, runs = 3, [2], 1000, 12
+    steps, prompt, count, runs = 3, [2], 1000, 8
     eager = load_eager_dit(checkpoints[name])
     weights = (
         sedd_weights(eager, prompt, steps, rule.predictor)
