@@ -100,7 +100,7 @@ class TorchCapture:
 
 GraphFunction = Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], None]
 UNMASKED = frozenset({"layer_full", "layer_partial", "layer_adaptive", "layer_tracking", "layer_indicated"})
-"""Graphs in which the mask goes to attention and nowhere else."""
+"""Graphs in which the mask goes to attention and nowhere else, unless the model attends by blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +218,7 @@ class TorchSession:
         with torch.inference_mode():
             for call in calls:
                 feeds: dict[str, Any] = {**call.feeds, **{name: int(call.feeds[name]) for name in call.sizes}}
-                if whole and call.graph in UNMASKED:
+                if whole and call.graph in UNMASKED and "block" not in feeds:
                     feeds["mask"] = None
                 try:
                     self._function(call, feeds)(feeds, call.targets)

@@ -159,6 +159,17 @@ def test_a_mask_that_hides_nothing_is_left_out_and_one_that_hides_is_not(tiny_bu
     assert sessions[0].calls[True] == 2 * sessions[0].calls[False] > 0
 
 
+def test_a_mask_of_blocks_is_never_left_out(tiny_bundles: dict[str, Bundle]) -> None:
+    """It hides what is behind a row's block, whatever is padded."""
+    bundle, found = tiny_bundles["blocks"], []
+    sessions = Unmasking(bundle), TorchSession(bundle, SessionOptions(provider="torch", threads=1))
+    for session in sessions:
+        with DiffusionLM(bundle, session) as lm:
+            found.append([tokens(lm, policy) for policy in (NoCache(), DualCache())])
+    assert found[0] == found[1]
+    assert sessions[0].calls.keys() == {False}
+
+
 @pytest.mark.parametrize("limit", [0, 1, 32])
 def test_captured_steps_give_the_tokens_of_queued_ones(
     limit: int, tiny_bundle: Bundle, eager: dict[str, tuple[int, ...]]
