@@ -133,6 +133,13 @@ def open_shifted(tiny_bundle: Bundle) -> Iterator[OpenModel]:
         yield partial(open_on, stack, bundle)
 
 
+@pytest.fixture(scope="module")
+def open_anywhere() -> Iterator[Callable[[Bundle, str], DiffusionLM]]:
+    """The same for any bundle: (bundle, provider)."""
+    with ExitStack() as stack:
+        yield partial(open_on, stack)
+
+
 def open_on(stack: ExitStack, bundle: Bundle, provider: str) -> DiffusionLM:
     """A DiffusionLM that is closed with the stack."""
     options = SessionOptions(provider="torch" if provider == "float64" else provider, threads=1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy, DllmCache, DualCache, NoCache, SpaCache, WindowCache
-from dllm_export.runtime.session import SessionOptions, open_session
-from dllm_export.runtime.sessions.torch import TorchSession
 from dllm_export.runtime.transfers import Ddpm, Quota, Sedd, SeddUniform, Transfer
 from dllm_export.tools.eager_dit import EagerDit, load_eager_dit
 from dllm_export.tools.random_checkpoint import write_random_checkpoint
@@ -81,17 +78,8 @@ def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def open_model(bundles: dict[str, Bundle]) -> Iterator[OpenModel]:
-    with ExitStack() as stack:
-
-        def open_one(name: str, provider: str) -> DiffusionLM:
-            bundle = bundles[name]
-            options = SessionOptions(provider="torch" if provider == "float64" else provider, threads=1)
-            if provider == "float64":
-                return stack.enter_context(DiffusionLM(bundle, TorchSession(bundle, options, dtype="float64")))
-            return stack.enter_context(DiffusionLM(bundle, open_session(bundle, options)))
-
-        yield open_one
+def open_model(bundles: dict[str, Bundle], open_anywhere: Callable[[Bundle, str], DiffusionLM]) -> OpenModel:
+    return lambda name, provider: open_anywhere(bundles[name], provider)
 
 
 def run(
