@@ -117,12 +117,8 @@ def find_memory() -> int | None:
 def find_free_memory(place: str) -> int | None:
     """Bytes of memory that are free on the cpu, or on the first GPU for cuda; None where the system does not tell."""
     if place == "cuda":
-        query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-        try:
-            lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return int(lines[0]) * 2**20 if lines and lines[0].isdecimal() else None
+        answer = ask_gpu("memory.free")
+        return int(answer) * 2**20 if answer.isdecimal() else None
     info = Path("/proc/meminfo")
     lines = info.read_text(encoding="ascii").splitlines() if info.is_file() else []
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
@@ -132,6 +128,20 @@ def find_free_memory(place: str) -> int | None:
         return free
     used = Path("/sys/fs/cgroup/memory.current")
     return min(free, int(text) - (int(used.read_text()) if used.is_file() else 0))
+
+
+def ask_gpu(fields: str) -> str:
+    """What nvidia-smi says of the GPU that is this process's first; empty where it is missing.
+
+    The tool lists all GPUs of the machine, also those that CUDA_VISIBLE_DEVICES hides from CUDA, and in the bus's order.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    query = ["nvidia-smi", f"--id={first}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.partition("\n")[0].strip()
 
 
 def find_gpus() -> Iterator[Gpu]:

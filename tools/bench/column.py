@@ -7,7 +7,6 @@ runtime needs: no torch and no onnx.
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from dllm_export.tools.bench.records import ColumnTask, RawColumn, RawRun, StepR
 from dllm_export.tools.bench.roofline import Model, Work
 from dllm_export.tools.bench.session_runs import SessionRequest, foresee, session_steps, to_request
 from dllm_export.tools.bench.step import Step
-from dllm_export.tools.machine import Others
+from dllm_export.tools.machine import Others, ask_gpu
 
 WARMUP_UNCACHED, WARMUP_CACHED = 4, 27
 """Steps before the clock on a CPU: every kind of step that the published settings make, and both halves of the caches."""
@@ -197,16 +196,6 @@ def device_state(kind: ColumnKind, device: str) -> str:
     fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
     found = ask_gpu(fields) if kind.where(device) == "cuda" else ""
     return f"{fields}: {found}" if found else ""
-
-
-def ask_gpu(fields: str) -> str:
-    """What nvidia-smi says of the first GPU; empty where it is missing."""
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return lines[0].strip() if lines else ""
 
 
 def main() -> int:
