@@ -47,7 +47,9 @@ def raise_error(error: Any, doing: str) -> None:
     text = cudart.cudaGetErrorString(error)[1].decode()
     if error == kinds.cudaErrorMemoryAllocation:
         raise ResourceError(f"out of device memory while {doing}")
-    raise DllmExportError(f"CUDA failed while {doing}: {text}; open the bundle again, the device's state may be lost")
+    raise DllmExportError(
+        f"CUDA failed while {doing}: {text}; start the process again, this one may have lost the device"
+    )
 
 
 def driver_cuda() -> str:

@@ -29,7 +29,7 @@ def test_a_call_gives_what_cuda_answered_after_its_code(answer: tuple[int, ...],
 
 
 def test_a_lost_device_is_named_with_what_was_being_done() -> None:
-    with pytest.raises(DllmExportError, match=r"CUDA failed while asking: .*; open the bundle again"):
+    with pytest.raises(DllmExportError, match=r"CUDA failed while asking: .*; start the process again"):
         cuda.call(lambda: (LOST,), doing="asking")
     with pytest.raises(ResourceError, match="out of device memory while asking"):
         cuda.call(lambda: (cudart.cudaError_t.cudaErrorMemoryAllocation,), doing="asking")
