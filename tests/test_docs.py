@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURED = "docs/measurements/cpu-2-core.json"
 FRONTIER = "docs/measurements/frontier-2-core.json"
 DREAM_FRONTIER = "docs/measurements/frontier-dream-2-core.json"
+SDAR_FRONTIER = "docs/measurements/frontier-sdar-2-core.json"
 GPU = "docs/measurements/h200.json"
 GPU_TORCH = "docs/measurements/h100-torch.json"
 GPU_ANSWERS = "docs/measurements/h200-answers.json"
@@ -257,7 +258,10 @@ def test_the_bars_of_policies_and_rules_are_met_in_one_run() -> None:
     assert all(one["strategy_seconds"] <= 0.05 * one["seconds"] for one in outcomes.values())
 
 
-@pytest.mark.parametrize(("name", "file"), [("frontier", FRONTIER), ("frontier-dream", DREAM_FRONTIER)])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("frontier", FRONTIER), ("frontier-dream", DREAM_FRONTIER), ("frontier-sdar", SDAR_FRONTIER)],
+)
 def test_the_frontier_equals_the_measurement(name: str, file: str) -> None:
     assert section("docs/policies.md", name) == frontier_table(file)
 
@@ -265,6 +269,19 @@ def test_the_frontier_equals_the_measurement(name: str, file: str) -> None:
 def test_caches_of_the_dream_layout_cost_no_answer_but_where_keys_are_dropped() -> None:
     for one in json.loads((ROOT / DREAM_FRONTIER).read_text())["outcomes"]:
         assert (one["right"] == one["asked"] == 96) == ((one["policy"], one["transfer"]) != ("sparse", "quota"))
+
+
+def test_kept_blocks_of_the_sdar_layout_cost_no_answer_and_are_the_fastest() -> None:
+    outcomes = {
+        (one["policy"], one["transfer"]): one for one in json.loads((ROOT / SDAR_FRONTIER).read_text())["outcomes"]
+    }
+    for (policy, rule), one in outcomes.items():
+        assert (one["right"] == one["asked"] == 96) == ((policy, rule) != ("dllm-cache", "dynamic"))
+        assert one["others"] < 0.05
+    for rule in ("quota", "dynamic"):
+        kept, plain = outcomes["block", rule], outcomes["none", rule]
+        assert kept["passes"] == plain["passes"]
+        assert kept["seconds"] == min(one["seconds"] for (_, other), one in outcomes.items() if other == rule)
 
 
 def test_the_graph_table_equals_the_catalog(llada_8b: ModelShape) -> None:

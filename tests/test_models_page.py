@@ -28,6 +28,7 @@ STOCK_TOKENS = (
     "exporter/test_transformers.py::test_a_generation_is_that_of_transformers_token_for_token_on_every_provider"
 )
 V2 = "exporter/test_transformers.py::"
+TRAINED = "runtime/test_trained_layouts.py::"
 BLOCK_TOKENS = (
     "exporter/test_transformers.py::"
     "test_a_generation_by_blocks_is_the_published_loop_token_for_token_with_every_policy_that_is_exact"
@@ -65,6 +66,12 @@ def by_blocks(family: str, *variants: str) -> dict[str, tuple[str, ...]]:
         f"{BLOCK_TOKENS}[{threshold}-{steps}-{family}]" for threshold in ("None", "0.3") for steps in (4, 2)
     )
     return {**stock(family, *variants), "generation": generated, "policies": generated}
+
+
+def trained(shown: dict[str, tuple[str, ...]], layout: str) -> dict[str, tuple[str, ...]]:
+    """The same with what was tried on a trained model of that layout."""
+    exact = f"{TRAINED}test_an_exact_cache_decides_the_same_tokens_in_the_same_steps[{layout}-onnxruntime]"
+    return {**shown, "policies": (*shown["policies"], exact)}
 
 
 def anchored(base: str) -> dict[str, tuple[str, ...]]:
@@ -108,10 +115,10 @@ EVIDENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "a2d-llama": stock("a2d-llama", "gqa"),
     "a2d-qwen3-bd3lm": anchored("a2d-qwen3"),
     "a2d-qwen2-bd3lm": anchored("a2d-qwen2"),
-    "dream": stock("dream", "dream"),
+    "dream": trained(stock("dream", "dream"), "dream"),
     "open-dcoder": stock("open-dcoder", "dream"),
     "diffullama": stock("diffullama", "gqa"),
-    "sdar": by_blocks("sdar", "blocks"),
+    "sdar": trained(by_blocks("sdar", "blocks"), "sdar"),
     "dream-reasoner": by_blocks("dream-reasoner", "blocks"),
     "stable-diffcoder": by_blocks("stable-diffcoder", "blocks"),
     "fast-dllm-v2": {
