@@ -273,8 +273,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("block_length", [8, 12, 24])
+@pytest.mark.parametrize(("block_length", "seed"), [(8, 0), (12, 1), (24, 0)])
 @pytest.mark.parametrize("name", RULES)
 def test_without_a_cache_a_batch_gives_the_tokens_of_the_loop_with_appended_rows(
     name: str, block_length: int, seed: int, open_model: OpenModel, tiny_eager: dict[str, EagerModel]
