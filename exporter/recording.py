@@ -61,7 +61,7 @@ class RecordingSession:
     """Another session whose programs run call by call, so that buffers can be read before and after the wanted one."""
 
     def __init__(self, inner: Session, bundle: Bundle, target: Target) -> None:
-        self.provider, self.in_place = inner.provider, inner.in_place
+        self.provider, self.in_place, self.few_sizes = inner.provider, inner.in_place, inner.few_sizes
         self.called: dict[int | None, int] = {}
         """Layer -> step of the last call of the wanted graph there, whether it was too early or of the wrong layer."""
         self._inner, self._bundle, self._target = inner, bundle, target

@@ -12,7 +12,7 @@ from dllm_export.errors import OverflowedError, StrategyError, UsageError
 from dllm_export.graphs import HeadGraph
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.clock import Clock
-from dllm_export.runtime.head import DRAWN, MOVED, Candidates, Head, bucket
+from dllm_export.runtime.head import DRAWN, MOVED, Candidates, Head
 from dllm_export.runtime.options import GenerationOptions, SettledOptions, flag
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.sampler import Proposal, propose, rank, share, temper
@@ -193,7 +193,7 @@ class Decoder:
         most = max(map(len, read))
         if not most:
             return committed
-        index = np.zeros((len(rows), bucket(most, span[1] - span[0])), np.int32)
+        index = np.zeros((len(rows), self._head.pad(most, span[1] - span[0])), np.int32)
         for sequence, places in enumerate(read):
             index[sequence, : len(places)] = self._predictors[sequence, places]
         greedy = self._transfer.is_greedy(block_step, self._request.schedule.steps_per_block)
@@ -312,7 +312,7 @@ class Decoder:
         decided = [self._decided(sequence, span) for sequence in range(len(self.response))]
         if shadow is None:
             return [np.full(len(rows), np.nan) for rows in decided]
-        index = np.zeros((len(decided), bucket(max(map(len, decided)), span[1] - span[0])), np.int32)
+        index = np.zeros((len(decided), self._head.pad(max(map(len, decided)), span[1] - span[0])), np.int32)
         tokens = np.zeros_like(index)
         for sequence, rows in enumerate(decided):
             index[sequence, : len(rows)] = rows - span[0]

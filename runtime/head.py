@@ -78,6 +78,10 @@ class Head:
         self._scale = session.allocate((1,), "compute")
         self._half = 0
 
+    def pad(self, count: int, largest: int) -> int:
+        """How many rows to run where so many are wanted and there are at most `largest`."""
+        return bucket(count, largest, few=self._session.few_sizes)
+
     def set_guidance_scale(self, scale: float) -> None:
         """The guidance scale of the next runs."""
         self._scale.write(np.array([scale], np.float32))
@@ -247,9 +251,10 @@ class Head:
         return self._bias[banned]
 
 
-def bucket(count: int, largest: int) -> int:
+def bucket(count: int, largest: int, *, few: bool) -> int:
     """Candidate rows are padded, so that few programs serve all steps: to a power of two, above 32 to a multiple of 32.
 
-    A head's cost grows with its rows, and padding to the next power of two would waste a quarter of it.
+    On a CPU a head's cost grows with its rows, and padding to the next power of two would waste a quarter of it. A GPU
+    reads the head's matrix for one row as for 256, and a new size is compiled or captured: there sizes are `few`.
     """
-    return min(largest, 1 << max(count - 1, 0).bit_length() if count <= STEP else -(-count // STEP) * STEP)
+    return min(largest, 1 << max(count - 1, 0).bit_length() if few or count <= STEP else -(-count // STEP) * STEP)

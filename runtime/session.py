@@ -79,6 +79,8 @@ class Session(Protocol):
     provider: str
     in_place: bool
     """Whether a call may write a buffer that it reads, so that a cache needs no second copy."""
+    few_sizes: bool
+    """Whether a size that occurs for the first time costs more than rows that nobody asked for."""
 
     def allocate(self, dims: tuple[int, ...], type: TensorType) -> Buffer:
         """A zeroed buffer."""

@@ -90,6 +90,7 @@ class OnnxRuntimeSession:
                 "--dtype float32 (or float16 on a GPU), or use --provider torch"
             )
         self._bundle, self._device, self._provider = bundle, options.place, wanted
+        self.few_sizes = options.place == "cuda"
         self._threads = options.threads or available_cores()
         small = bundle.weight_bytes <= PREPACK_LIMIT
         self._prepack = options.place == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))

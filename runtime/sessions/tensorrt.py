@@ -100,6 +100,7 @@ class TensorRtSession:
 
     provider = "tensorrt"
     in_place = False
+    few_sizes = True
 
     def __init__(
         self, bundle: Bundle, options: SessionOptions, *, flavours: Sequence[Flavour] = ("tensorrt", "tensorrt-rtx")

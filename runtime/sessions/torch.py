@@ -150,6 +150,7 @@ class TorchSession:
         self._weights: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
         self._shared: dict[int, torch.Tensor] = {}
         self._compile = options.compile
+        self.few_sizes = options.compile or options.place == "cuda"
         self._unmasks = options.compile or options.place == "cuda"  # elsewhere it stays the reference that it is
         self._functions: dict[Hashable, GraphFunction] = {}
         self._captures: Captures[NamedCapture] = Captures(options.captures if options.place == "cuda" else 0)
@@ -249,7 +250,8 @@ class TorchSession:
             if isinstance(function, partial):
                 function, settings = function.func, function.keywords
             shape = self._bundle.manifest.shape
-            if self._compile:
+            # Where rows are only moved there is nothing to fuse, and compiling takes seconds for every size all the same.
+            if self._compile and self._bundle.specs[call.graph].weights and call.graph != "embed":
                 own = rename(cast("FunctionType", write_results), call.graph)
                 write = torch.compile(own, fullgraph=True, dynamic=False if sized else None)
                 self._functions[key] = partial(write, function, CompiledTorchOps(), shape, settings)

@@ -30,16 +30,18 @@ def rng(seed: int = 0) -> np.random.Generator:
 LOGITS = rng(1).normal(size=(6, 9)) * 2
 
 
-@given(st.integers(0, 500), st.integers(1, 256))
-def test_a_bucket_holds_its_candidates_and_few_rows_more(count: int, largest: int) -> None:
-    size = bucket(min(count, largest), largest)
+@given(st.integers(0, 500), st.integers(1, 256), st.booleans())
+def test_a_bucket_holds_its_candidates_and_few_rows_more(count: int, largest: int, few: bool) -> None:
+    size = bucket(min(count, largest), largest, few=few)
     assert min(count, largest) <= size <= largest
-    assert size == largest or (size & (size - 1) == 0 if size <= 32 else size % 32 == 0)
-    assert size < min(2 * max(count, 1), count + 32)
+    assert size == largest or (size & (size - 1) == 0 if few or size <= 32 else size % 32 == 0)
+    assert size < 2 * max(count, 1)
+    assert few or size < count + 32
 
 
-def test_few_sizes_serve_all_counts() -> None:
-    assert len({bucket(count, 256) for count in range(1, 257)}) == 13
+@pytest.mark.parametrize(("few", "sizes"), [(False, 13), (True, 9)])
+def test_few_sizes_serve_all_counts(few: bool, sizes: int) -> None:
+    assert len({bucket(count, 256, few=few) for count in range(1, 257)}) == sizes
 
 
 def test_at_temperature_zero_the_best_token_is_proposed_with_its_probability() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -27,7 +27,7 @@ from dllm_export.runtime.policies import (
     NoCache,
     SparseCache,
 )
-from dllm_export.runtime.session import Program, SessionOptions
+from dllm_export.runtime.session import GraphCall, Program, SessionOptions
 from dllm_export.runtime.sessions.torch import BoundCall, GraphFunction, TorchBuffer, TorchSession
 
 PROMPT = [3, 14, 15, 92, 65]
@@ -131,6 +131,30 @@ def test_in_place_only_inputs_of_layers_have_two_halves(tiny_bundle: Bundle) -> 
             name: buffers.cache(name, 0, 0) is buffers.cache(name, 0, 1) for name in ("key", "value", "delta", "input")
         }
         assert shared == {"key": in_place, "value": in_place, "delta": in_place, "input": False}
+
+
+class Padding(TorchSession):
+    """Notes how many rows heads run."""
+
+    def __init__(self, bundle: Bundle, *, few_sizes: bool) -> None:
+        super().__init__(bundle, SessionOptions(provider="torch", threads=1))
+        self.few_sizes, self.rows = few_sizes, set[int]()
+
+    def prepare(self, calls: Sequence[GraphCall]) -> Program:
+        self.rows |= {call.tensors["index"].dims[1] for call in calls if call.graph == "head"}
+        return super().prepare(calls)
+
+
+def test_where_sizes_are_dear_heads_run_few_of_them_and_decide_the_same_tokens(tiny_bundle: Bundle) -> None:
+    options, found = GenerationOptions(gen_length=112, steps=28), {}
+    for few in (False, True):
+        session = Padding(tiny_bundle, few_sizes=few)
+        with DiffusionLM(tiny_bundle, session) as lm:
+            found[few] = tokens(lm, CACHED, options), session.rows
+    assert found[False][0] == found[True][0]
+    assert found[False][1] == {4, 8, 16, 32, 64, 96, 112}
+    assert found[True][1] == {4, 8, 16, 32, 64, 112}
+    assert TorchSession(tiny_bundle, SessionOptions(provider="torch", compile=True)).few_sizes
 
 
 class Unmasking(TorchSession):

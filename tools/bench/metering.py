@@ -46,7 +46,7 @@ class MeteredSession:
 
     def __init__(self, session: Session, model: Model) -> None:
         self._session, self.meter = session, Meter(model)
-        self.provider, self.in_place = session.provider, session.in_place
+        self.provider, self.in_place, self.few_sizes = session.provider, session.in_place, session.few_sizes
         self.allocate, self.inspect, self.close = session.allocate, session.inspect, session.close
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
@@ -81,6 +81,7 @@ class OutlineSession:
 
     provider = "outline"
     in_place = False
+    few_sizes = False
 
     def __init__(self, dtype: str) -> None:
         self._dtype, self.buffer_bytes = dtype, 0
