@@ -1,4 +1,4 @@
-"""The GPU check: export, build, answer and measure with every provider, each in a process of its own, into one report.
+"""The GPU check: draw a model, build, answer and measure with every provider, each in a process of its own, into one report.
 
 A provider that is missing or fails gets a line that says why; the others run. Providers may live in other Python
 environments (TensorRT 8.6 needs Python 3.10, say): name the command that starts each.
@@ -81,14 +81,14 @@ class GpuCheckOptions:
     tensorrt_rtx: str = option("", "command that starts the Python with TensorRT for RTX; default: this Python")
     onnxruntime: str = option("", "command that starts the Python with onnxruntime-gpu; default: this Python")
     layers: int = option(
-        32, "layers of the random LLaDA-8B-shaped model; 32 need 34 GB of disk and 20 GB of GPU memory"
+        32, "layers of the random LLaDA-8B-shaped model; 32 need 17 GB of disk and 20 GB of GPU memory"
     )
     prompt: int = option(893, "prompt tokens")
     response: int = option(256, "response tokens")
     steps: int = option(60, "steps that are timed, one token each")
     answers: bool = option(True, "compare the demo model's answers too")
     quick: bool = option(False, "a tiny model: shows that everything works, its figures mean nothing")
-    work: Path | None = option(None, "keep checkpoints and bundles in this folder, and use what is there")
+    work: Path | None = option(None, "keep bundles in this folder, and use what is there")
 
     def __post_init__(self) -> None:
         for name in ("layers", "prompt", "response", "steps"):
@@ -148,7 +148,7 @@ class GpuReport:
     version: str
     command: str
     seconds: Mapping[str, float]
-    """Time of checkpoint, export and builds."""
+    """Time of the bundle and of the builds."""
     answers: Sequence[Answer]
     bench: BenchReport
 
@@ -223,26 +223,18 @@ def tokens_of(output: str) -> list[int]:
 
 # -- the large model's times
 def make_bundle(work: Path, shape: ModelShape, device: str) -> dict[str, float]:
-    """A random checkpoint and its bundle in float16 (float32 on the CPU), unless they are there already."""
+    """A bundle of random weights in float16 (float32 on the CPU), unless it is there already; returns the seconds."""
+    if (work / "bundle").exists():
+        return {}
     import torch
 
-    from dllm_export.exporter.options import ExportOptions
-    from dllm_export.exporter.pipeline import export
-    from dllm_export.tools.random_checkpoint import write_random_checkpoint
+    from dllm_export.tools.random_bundle import write_random_bundle
 
-    seconds = {}
-    if not (work / "model").exists():
-        start = time.perf_counter()
-        dtype = torch.float16 if device == "cuda" else torch.float32
-        write_random_checkpoint(work / "model", shape, dtype=dtype, device=device)
-        seconds["checkpoint"] = time.perf_counter() - start
-    if not (work / "bundle").exists():
-        start = time.perf_counter()
-        export(work / "model", work / "bundle", ExportOptions(dtype=dtype_of(device), no_tokenizer=True))
-        seconds["export"] = time.perf_counter() - start
+    start = time.perf_counter()
+    write_random_bundle(work / "bundle", shape, dtype=dtype_of(device), device=device)
     if device == "cuda":
         torch.cuda.empty_cache()
-    return seconds
+    return {"bundle": time.perf_counter() - start}
 
 
 def dtype_of(device: str) -> Any:
@@ -299,7 +291,7 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
         seconds = make_bundle(work, shape, options.device)
 
         def plan() -> Measurement:
-            return plan_measurement(open_bundle(work / "bundle"), work / "model", options.bench, DllmCache())
+            return plan_measurement(open_bundle(work / "bundle"), None, options.bench, DllmCache())
 
         seconds |= dict(build_engines(plan(), options))
 
