@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURED = "docs/measurements/cpu-2-core.json"
 FRONTIER = "docs/measurements/frontier-2-core.json"
 DREAM_FRONTIER = "docs/measurements/frontier-dream-2-core.json"
+SWEEP = "docs/measurements/sweep-2-core.json"
 SDAR_FRONTIER = "docs/measurements/frontier-sdar-2-core.json"
 GPU = "docs/measurements/h200.json"
 GPU_TORCH = "docs/measurements/h100-torch.json"
@@ -239,6 +240,19 @@ def test_the_bar_of_shared_prefixes_is_met_one_token_a_step() -> None:
     assert (plain["policy"], shared["policy"], report["settings"]["suite"]["sheets"]) == ("none", "shared-prefix", 50)
     assert plain["seconds"] / shared["seconds"] >= 1.5
     assert 100 * (plain["right"] - shared["right"]) <= plain["asked"]
+
+
+def test_an_adaptive_step_grows_no_more_than_linearly_with_the_prompt() -> None:
+    report = msgspec.json.decode((ROOT / SWEEP).read_bytes(), type=SweepReport)
+    assert [(axis.name, axis.points[-1].value) for axis in report.axes] == [
+        ("prompt-length", 8192),
+        ("gen-length", 512),
+        ("batch", 8),
+        ("layers", 8),
+    ]
+    found = {(one.policy, one.kind): one.slopes.at_most_linear for one in report.axes[0].growth}
+    assert found["dllm-cache", "partial"]
+    assert not found["none", "full"], "attention of every row to every row"
 
 
 def test_the_bars_of_policies_and_rules_are_met_in_one_run() -> None:
