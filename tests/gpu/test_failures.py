@@ -28,7 +28,7 @@ SHORT = GenerationOptions(gen_length=16)
 PROMPT = "A) add 12 + 34"
 LOSE_THE_DEVICE = """
 import sys
-from cuda.bindings import driver, runtime
+from cuda.bindings import driver
 from dllm_export.errors import DllmExportError
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
