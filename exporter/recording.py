@@ -93,6 +93,9 @@ class RecordingSession:
 
         return run
 
+    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
+        return self._inner.read(buffers)
+
     def inspect(self) -> SessionReport:
         return self._inner.inspect()
 

@@ -103,7 +103,7 @@ def explain_shortage(usage: Usage, purpose: str, size: int) -> str:
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3f} GB"
+    return f"{size / 1e9:.3f} GB" if size >= 1e8 else f"{size / 1e6:.3f} MB"
 
 
 class PinnedMemory:

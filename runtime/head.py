@@ -222,7 +222,8 @@ class Head:
     def read(self, count: int, *others: str) -> Candidates:
         """The statistics of the last run with this many candidate rows, and the `others` that its graph gives."""
         names = ("top_tokens", "top_logits", "logsumexp", "entropy", *others)
-        return Candidates(**{name: self._output(name, count).read() for name in names})
+        arrays = self._session.read([self._output(name, count) for name in names])
+        return Candidates(**dict(zip(names, arrays, strict=True)))
 
     def _output(self, name: str, count: int) -> Buffer:
         if (name, count) not in self._buffers:

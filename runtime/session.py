@@ -90,6 +90,10 @@ class Session(Protocol):
         """A program of these calls in this order."""
         ...
 
+    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
+        """Copies of several buffers on the host, for which the device is waited for once."""
+        ...
+
     def inspect(self) -> SessionReport:
         """What the session holds now."""
         ...

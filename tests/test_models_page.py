@@ -19,7 +19,7 @@ from dllm_export.tools.list_families import FamilyLine, describe_sampler, list_f
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
-ANSWERS = ROOT / "docs" / "measurements" / "h200-answers.json"
+ANSWERS = ROOT / "docs" / "measurements" / "h100-answers.json"
 
 ORACLE = "test_oracles.py::test_the_reduced_state_is_exact_for_every_flag_of_the_layer"
 UNCACHED = "test_oracles.py::test_without_a_cache_the_graphs_give_the_logits_of_the_published_model"
@@ -208,7 +208,7 @@ def names(chosen: tuple[str, ...], every: Mapping[str, object]) -> str:
 
 
 def tensorrt_status(line: FamilyLine) -> str:
-    return "the bundled model ran with 8.6 on an H200; " * (line.name in RUN_ON_A_GPU) + "engines build without a GPU"
+    return "the bundled model ran with 8.6 on an H100; " * (line.name in RUN_ON_A_GPU) + "engines build without a GPU"
 
 
 def supported_table() -> str:
@@ -284,6 +284,6 @@ def test_every_test_that_is_named_exists(request: pytest.FixtureRequest) -> None
 def test_what_is_said_of_a_gpu_was_measured() -> None:
     answers = json.loads(ANSWERS.read_text(encoding="utf-8"))["answers"]
     assert all(
-        answer["equal"] == 1.0 for answer in answers if (answer["provider"], answer["dtype"]) == ("tensorrt", "float32")
+        answer["equal"] == 1.0 for answer in answers if (answer["column"], answer["dtype"]) == ("tensorrt", "float32")
     )
-    assert any(answer["provider"] == "tensorrt" for answer in answers)
+    assert any(answer["column"] == "tensorrt" for answer in answers)

@@ -20,7 +20,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import GraphSpec, TensorType
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.session import GraphCall, Program, SessionOptions, SessionReport, available_cores
+from dllm_export.runtime.session import Buffer, GraphCall, Program, SessionOptions, SessionReport, available_cores
 from dllm_export.runtime.tensorrt.profiles import measure_sizes
 
 if TYPE_CHECKING:
@@ -133,6 +133,9 @@ class OnnxRuntimeSession:
                 bound()
 
         return run
+
+    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
+        return [buffer.read() for buffer in buffers]
 
     def inspect(self) -> SessionReport:
         return SessionReport(provider=self.provider, library=f"onnxruntime {ort.__version__}")

@@ -29,7 +29,7 @@ from dllm_export.runtime.cuda import (
     gpu_name,
 )
 from dllm_export.runtime.manifest import EngineRecord
-from dllm_export.runtime.session import GraphCall, SessionOptions, SessionReport
+from dllm_export.runtime.session import Buffer, GraphCall, SessionOptions, SessionReport
 from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines, missing_engine
 from dllm_export.runtime.tensorrt.engine import ALIGNMENT, Context, Engine, to_engine_type
 from dllm_export.runtime.tensorrt.kernels import KernelCache
@@ -79,11 +79,15 @@ class CudaBuffer:
         sent.record(self._stream)
 
     def read(self) -> NDArray[Any]:
-        pinned, _ = self._mirrored()
-        self._stream.download(pinned.address, self.memory.address, self._size)
+        self.download()
         self._stream.wait()
         copied: NDArray[Any] = self.host.copy()
         return copied
+
+    def download(self) -> None:
+        """Queue the copy to `host`."""
+        pinned, _ = self._mirrored()
+        self._stream.download(pinned.address, self.memory.address, self._size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,13 @@ class TensorRtSession:
                 run.context.queue(run.addresses, self.stream)
 
         return CapturedProgram(self.captures, queue, self.stream.capture, describe_calls(calls))
+
+    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
+        wanted = [buffer for buffer in buffers if isinstance(buffer, CudaBuffer)]
+        for buffer in wanted:
+            buffer.download()
+        self.stream.wait()
+        return [buffer.host.copy() for buffer in wanted]
 
     def inspect(self) -> SessionReport:
         """Engines, captures and memory as they are now."""

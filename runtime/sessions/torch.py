@@ -20,7 +20,7 @@ from dllm_export.graphs import DType, ModelShape, TensorType
 from dllm_export.graphs.torch_ops import CompiledTorchOps, TorchOps
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
-from dllm_export.runtime.session import GraphCall, Program, SessionOptions, SessionReport
+from dllm_export.runtime.session import Buffer, GraphCall, Program, SessionOptions, SessionReport
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
@@ -62,17 +62,25 @@ class TorchBuffer:
         self._written.record()
 
     def read(self) -> NDArray[Any]:
-        tensor = self.tensor.detach()
-        if tensor.is_cuda:
-            tensor = self._pinned().copy_(tensor, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-        host: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
-        return host
+        return read_together([self])[0]
+
+    def download(self) -> torch.Tensor:
+        """Where the values are on the host, once the device has done what it was told before."""
+        return self._pinned().copy_(self.tensor, non_blocking=True) if self.tensor.is_cuda else self.tensor.detach()
 
     def _pinned(self) -> torch.Tensor:
         if self._staging is None:
             self._staging = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
         return self._staging
+
+
+def read_together(buffers: Sequence[TorchBuffer]) -> list[NDArray[Any]]:
+    """Copies of these buffers; the device is waited for once."""
+    with torch.inference_mode():
+        hosts = [buffer.download() for buffer in buffers]
+    if any(buffer.tensor.is_cuda for buffer in buffers):
+        torch.cuda.current_stream().synchronize()
+    return [(host.float() if host.dtype == torch.bfloat16 else host).numpy().copy() for host in hosts]
 
 
 class TorchCapture:
@@ -179,7 +187,7 @@ class TorchSession:
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
         prepared = [self._bind(call) for call in calls]
-        masks = [call.tensors["mask"] for call in calls if "mask" in call.tensors]
+        masks = {call.tensors["mask"] for call in calls if "mask" in call.tensors}  # mostly one for all layers
         capture = partial(self._capture, pool=self._pool.id if self._pool else None)
         programs: dict[bool, Program] = {}
 
@@ -191,6 +199,9 @@ class TorchSession:
             programs[whole]()
 
         return run
+
+    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
+        return read_together([buffer for buffer in buffers if isinstance(buffer, TorchBuffer)])
 
     def inspect(self) -> SessionReport:
         return SessionReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -14,7 +15,7 @@ from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy, DllmCache, NoCache
-from dllm_export.runtime.session import Buffer, GraphCall, SessionOptions
+from dllm_export.runtime.session import Buffer, GraphCall, SessionOptions, open_session
 from dllm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
 OpenModel = Callable[[str], DiffusionLM]
@@ -151,3 +152,16 @@ def test_programs_of_onnxruntime_share_the_calls_that_they_have_in_common(tiny_b
         assert (second.read() != first.read()).any(), "equal graphs over other buffers are other calls"
         programs.clear()
         assert len(session._bound) == 0, "and nothing stays bound for programs that are gone"
+
+
+@pytest.mark.parametrize("provider", ["onnxruntime", "torch"])
+def test_buffers_that_are_read_together_are_copies_of_each(provider: str, tiny_bundle: Bundle) -> None:
+    with closing(open_session(tiny_bundle, SessionOptions(provider=provider, threads=1))) as session:
+        buffers = [session.allocate((2, 3), type) for type in ("int32", "float32")]
+        for place, buffer in enumerate(buffers):
+            buffer.write(np.arange(6).reshape(2, 3) + place)
+        found = session.read(buffers)
+        for array in found:
+            array[:] = 0
+        assert [array.tolist() for array in session.read(buffers)] == [[[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]]]
+        assert session.read(buffers[:1])[0].dtype == np.int32

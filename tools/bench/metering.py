@@ -47,7 +47,12 @@ class MeteredSession:
     def __init__(self, session: Session, model: Model) -> None:
         self._session, self.meter = session, Meter(model)
         self.provider, self.in_place, self.few_sizes = session.provider, session.in_place, session.few_sizes
-        self.allocate, self.inspect, self.close = session.allocate, session.inspect, session.close
+        self.allocate, self.read, self.inspect, self.close = (
+            session.allocate,
+            session.read,
+            session.inspect,
+            session.close,
+        )
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
         meter, made = self.meter, [describe_call(self.meter.model, call) for call in calls]
@@ -92,6 +97,9 @@ class OutlineSession:
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
         return lambda: None
+
+    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
+        return [buffer.read() for buffer in buffers]
 
     def inspect(self) -> SessionReport:
         return SessionReport(provider=self.provider, library="none", memory={"buffers": self.buffer_bytes})
