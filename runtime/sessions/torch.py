@@ -50,14 +50,13 @@ class TorchBuffer:
     def write(self, array: NDArray[Any]) -> None:
         if self.tensor.dtype == torch.bool:
             self.whole = bool(array.all())
-        host = torch.from_numpy(np.array(array))
         if not self.tensor.is_cuda:
-            self.tensor.copy_(host)
+            fill(self.tensor, array)
             return
         if self._written is None:
             self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._written.synchronize()  # the last upload may still be reading what this one overwrites
-        self._pinned().copy_(host)
+        fill(self._pinned(), array)
         self.tensor.copy_(self._pinned(), non_blocking=True)
         self._written.record()
 
@@ -72,6 +71,14 @@ class TorchBuffer:
         if self._staging is None:
             self._staging = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
         return self._staging
+
+
+def fill(host: torch.Tensor, array: NDArray[Any]) -> None:
+    """Write a tensor on the host. By numpy where it knows the type: PyTorch wakes all its threads to convert a table."""
+    if host.dtype == torch.bfloat16:
+        host.copy_(torch.from_numpy(np.array(array)))
+    else:
+        host.numpy()[...] = array
 
 
 def read_together(buffers: Sequence[TorchBuffer]) -> list[NDArray[Any]]:
