@@ -148,6 +148,23 @@ def gpu_tables() -> str:
     return "\n".join(rows) + "\n"
 
 
+def gpu_sweep() -> str:
+    """Speed and adaptive steps at several prompts, on a GPU."""
+    (axis,) = msgspec.json.decode((ROOT / GPU_SWEEP).read_bytes(), type=SweepReport).axes
+    rows = [
+        "| prompt | none, tokens/s | dllm-cache, tokens/s | adaptive step, ms | its limit |",
+        "|---|---|---|---|---|",
+    ]
+    for point in axis.points:
+        plain, cached = (gpu_run(point.report, "torch-compile-graph", policy) for policy in ("none", "dllm-cache"))
+        step = cached.kinds["partial"]
+        rows.append(
+            f"| {point.value} | {plain.tokens_per_second:.0f} | {cached.tokens_per_second:.0f} | "
+            f"{step.times.p50_ms:.2f} | {step.limit_ms:.2f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 def gpu_answers() -> str:
     """Share of the demo model's tokens that equal the reference's, the least of captured and not."""
     answers = json.loads((ROOT / GPU_ANSWERS).read_text())["answers"]
@@ -172,6 +189,7 @@ def test_the_tables_of_a_gpu_equal_the_measurement() -> None:
     assert section("docs/measurements/README.md", "gpu-speed") == f"{table}\n"
     assert section("README.md", "measured-gpu") == f"{table}\nAll figures: [{GPU}]({GPU}).\n"
     assert section("docs/measurements/README.md", "gpu") == gpu_tables()
+    assert section("docs/measurements/README.md", "gpu-sweep") == gpu_sweep()
     assert section("docs/measurements/README.md", "gpu-answers") == gpu_answers()
 
 
@@ -208,7 +226,9 @@ def test_the_bars_that_engines_met_on_a_gpu_stay_in_the_measurement() -> None:
     )
     parts += gpu_graph(report, "tensorrt", "head", 256)
     for policy in ("none", "dllm-cache"):
-        assert (gpu_run(report, "tensorrt", policy).outside_engines or 0) <= 0.03
+        outside = gpu_run(report, "tensorrt", policy).outside_engines
+        assert outside is not None
+        assert outside <= 0.03
     assert gpu_run(report, "tensorrt", "dllm-cache").kinds["partial"].times.p50_ms <= 1.10 * parts
     raw = report.columns["tensorrt"].raw
     assert raw.open_seconds < 12

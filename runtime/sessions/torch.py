@@ -83,8 +83,7 @@ def fill(host: torch.Tensor, array: NDArray[Any]) -> None:
 
 def read_together(buffers: Sequence[TorchBuffer]) -> list[NDArray[Any]]:
     """Copies of these buffers; the device is waited for once."""
-    with torch.inference_mode():
-        hosts = [buffer.download() for buffer in buffers]
+    hosts = [buffer.download() for buffer in buffers]
     if any(buffer.tensor.is_cuda for buffer in buffers):
         torch.cuda.current_stream().synchronize()
     return [(host.float() if host.dtype == torch.bfloat16 else host).numpy().copy() for host in hosts]
