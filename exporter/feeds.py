@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_export.graphs import TOP_TOKENS
 from dllm_export.graphs.latents import LEVEL_WIDTH
 from dllm_export.graphs.steps import TIME_WIDTH
 from dllm_export.runtime.blocks import number_blocks
@@ -70,6 +71,8 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         "moves": np.array([0.02, 0.0004, 0.9, 0.02]),
         "uniform": np.random.default_rng(9).integers(0, 2**23, (BATCH, BUDGET, 2)) / 2**23,
     }
+    if graph == "commit":
+        known |= draw_statistics(shape.vocab)
     feeds = {}
     for tensor in spec.inputs:
         if tensor.name in known:
@@ -78,3 +81,17 @@ def make_feeds(bundle: Bundle, graph: str) -> Feeds:
         count = LENGTH if tensor.name in ("key", "value", "rest") else rows
         feeds[tensor.name] = rng.standard_normal((BATCH, count, int(tensor.dims[-1]))) * size
     return feeds
+
+
+def draw_statistics(vocab: int) -> dict[str, NDArray[np.generic]]:
+    """What a head says of its candidates, of which the second sequence has one less, and where they lie."""
+    rng, place = np.random.default_rng(13), np.arange(RESPONSE, dtype=np.int32)
+    return {
+        "slot": np.tile(place % BUDGET, (BATCH, 1)),
+        "fresh": np.tile(place < 2 * BUDGET, (BATCH, 1)),
+        "token": rng.integers(0, vocab, (BATCH, BUDGET)).astype(np.int32),
+        "top_logits": -np.sort(rng.standard_normal((BATCH, BUDGET, min(TOP_TOKENS, vocab)))),
+        "logsumexp": rng.random((BATCH, BUDGET)) + np.log(vocab),
+        "candidate": np.arange(BUDGET) < np.array([[BUDGET], [BUDGET - 1]]),
+        "quota": np.arange(1.0, BATCH + 1),
+    }

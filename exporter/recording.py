@@ -17,7 +17,7 @@ from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.graphs import TensorType
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.generate import Frame
-from dllm_export.runtime.session import Buffer, GraphCall, Program, Session, SessionReport
+from dllm_export.runtime.session import Buffer, Fetch, GraphCall, Mark, Program, Session, SessionReport
 
 INPUTS = "inputs.json"
 OUTPUTS = "outputs.json"
@@ -62,6 +62,8 @@ class RecordingSession:
 
     def __init__(self, inner: Session, bundle: Bundle, target: Target) -> None:
         self.provider, self.in_place, self.few_sizes = inner.provider, inner.in_place, inner.few_sizes
+        # A call belongs to the step that is counted when it runs; `commit` alone runs only where the next step is queued.
+        self.queues = target.graph == "commit"
         self.called: dict[int | None, int] = {}
         """Layer -> step of the last call of the wanted graph there, whether it was too early or of the wrong layer."""
         self._inner, self._bundle, self._target = inner, bundle, target
@@ -93,8 +95,11 @@ class RecordingSession:
 
         return run
 
-    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
-        return self._inner.read(buffers)
+    def fetch(self, buffers: Sequence[Buffer]) -> Fetch:
+        return self._inner.fetch(buffers)
+
+    def mark(self) -> Mark:
+        return self._inner.mark()
 
     def inspect(self) -> SessionReport:
         return self._inner.inspect()

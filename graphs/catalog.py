@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from dllm_export.graphs import heads, latents, picking, shadows, steps
+from dllm_export.graphs import commits, heads, latents, picking, shadows, steps
 from dllm_export.graphs.compaction import layer_compact
 from dllm_export.graphs.shape import ModelShape
 
@@ -549,4 +549,19 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
             partial(heads.head_drawn, top=top),
         ),
         *((moved,) if shape.uniform_noise else ()),
+        GraphSpec(
+            "commit",
+            (
+                positions("tokens", "X"),
+                positions("slot", "X"),
+                TensorSpec("fresh", "bool", ("B", "X")),
+                positions("token", "Q"),
+                *(statistic for statistic in statistics if statistic.name in ("top_logits", "logsumexp")),
+                TensorSpec("candidate", "bool", ("B", "Q")),
+                TensorSpec("quota", "float32", ("B",)),
+            ),
+            (),
+            (positions("tokens_out", "X"),),
+            commits.commit,
+        ),
     )

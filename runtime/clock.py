@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class HostMark:
+    """Now, on the host's clock: a mark of a provider whose programs run while they are called."""
+
+    at: float = field(default_factory=time.perf_counter)
+
+    def seconds_until(self, later: HostMark) -> float:
+        """Time from this mark to a later one."""
+        return later.at - self.at
 
 
 @dataclass(slots=True)

@@ -187,10 +187,10 @@ class Capture:
 
 
 class Event:
-    """A mark on a stream."""
+    """A mark on a stream; one that is `timed` costs a little more."""
 
-    def __init__(self) -> None:
-        flags = cudart.cudaEventDisableTiming
+    def __init__(self, *, timed: bool = False) -> None:
+        flags = cudart.cudaEventDefault if timed else cudart.cudaEventDisableTiming
         self._handle = call(cudart.cudaEventCreateWithFlags, flags, doing="creating an event")
         self._close = weakref.finalize(self, cudart.cudaEventDestroy, self._handle)
 
@@ -201,6 +201,11 @@ class Event:
     def wait(self) -> None:
         """Block until the stream has passed the mark."""
         call(cudart.cudaEventSynchronize, self._handle, doing="waiting for the GPU")
+
+    def seconds_until(self, later: Event) -> float:
+        """Time from this mark to a later one, both timed, which is waited for."""
+        later.wait()
+        return float(call(cudart.cudaEventElapsedTime, self._handle, later._handle, doing="measuring time")) / 1e3
 
 
 class Uploader:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -30,6 +31,28 @@ DRAWING = ("head_drawn", "head_moved")
 
 UNIFORM = 2**23
 """Random numbers for drawing tokens are multiples of its reciprocal, so that none rounds to 1 in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a step chooses among, on its way through the head. Lists have an entry for each sequence."""
+
+    span: tuple[int, int]
+    """First row of the block and the one after its last, among the response's."""
+    block_step: int
+    quota: NDArray[np.int64]  # [B]
+    rows: list[NDArray[np.int64]]
+    """Masked rows of the response among which the rule chooses: the candidates."""
+    read: list[NDArray[np.int64]]
+    """The same and, behind them, decided ones that may be replaced."""
+    decided: list[NDArray[np.int64]]
+    draws: list[NDArray[np.float64]] | None
+    index: NDArray[np.int32]  # [B, Q]
+    """Where the rows that are read lie in `hidden`; padded."""
+    hidden: Buffer
+    temperature: float
+    candidates: Callable[[], Candidates]
+    """Waits for the head's statistics."""
 
 
 class Decoder:
@@ -167,16 +190,17 @@ class Decoder:
         self._goes_on = self._block_masks > 0
         return self._block_masks
 
-    def decide(
-        self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64], shadow: Buffer | None = None
-    ) -> NDArray[np.bool_]:
-        """Commit what the rule chooses among the block's masked rows; returns which rows became decided [B, R].
+    @property
+    def takes_best(self) -> bool:
+        """Whether every step commits its quota of the likeliest tokens and nothing else, as graph `commit` does too."""
+        options, rule = self._options, self._transfer
+        plain = options.temperature == 0 and options.remasking == "low_confidence" and not self._ranked_last
+        return plain and rule.takes_best and not options.early_stop
 
-        `shadow` [B, n, D] are the hidden rows of the block's shadow, where `find_shadow` asked for one.
-        """
+    def ask(self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64]) -> Question | None:
+        """Queue the head on what the rule chooses among; None where there is nothing to choose, nor to replace."""
         span = self._span(block)
         masked = self._candidate_rows(span[1])
-        committed = np.zeros(masked.shape, np.bool_)
         draws = self._draws
         if self._upcoming is not None and self._transfer.draws:
             # The rows are known, so that the head need not look at others, nor random numbers be spent on them.
@@ -189,20 +213,45 @@ class Decoder:
             # Behind the candidates the head looks at the rows whose tokens may be replaced.
             editable = (own if on else own[:0] for own, on in zip(decided, self._goes_on, strict=True))
             read = [np.append(places, own) for places, own in zip(rows, editable, strict=True)]
-            self.edited[:] = False
         most = max(map(len, read))
         if not most:
-            return committed
+            return None
         index = np.zeros((len(rows), self._head.pad(most, span[1] - span[0])), np.int32)
         for sequence, places in enumerate(read):
             index[sequence, : len(places)] = self._predictors[sequence, places]
         greedy = self._transfer.is_greedy(block_step, self._request.schedule.steps_per_block)
         temperature = 0.0 if greedy else self._options.temperature
-        candidates = self._evidence(hidden, index, read, span, block_step, temperature)
+        return Question(
+            span=span,
+            block_step=block_step,
+            quota=quota,
+            rows=rows,
+            read=read,
+            decided=decided,
+            draws=draws,
+            index=index,
+            hidden=hidden,
+            temperature=temperature,
+            candidates=self._evidence(hidden, index, read, span, block_step, temperature),
+        )
+
+    def decide(self, asked: Question | None, shadow: Buffer | None = None) -> NDArray[np.bool_]:
+        """Commit what the rule chooses among the block's masked rows; returns which rows became decided [B, R].
+
+        `shadow` [B, n, D] are the hidden rows of the block's shadow, where `find_shadow` asked for one.
+        """
+        committed = np.zeros(self.response.shape, np.bool_)
+        if self._transfer.edits:
+            self.edited[:] = False
+        if asked is None:
+            return committed
+        span, block_step, temperature, decided = asked.span, asked.block_step, asked.temperature, asked.decided
+        candidates = _check_finite(self._clock.time(asked.candidates))
         verified = self._verify(shadow, span) if self._transfer.verifies else None
-        last = self._ranked_last
-        ranked = self._candidates(hidden, index, self._banned | last) if last else candidates
-        for sequence, places in enumerate(rows):
+        last, ranked = self._ranked_last, candidates
+        if last:
+            ranked = _check_finite(self._clock.time(self._candidates(asked.hidden, asked.index, self._banned | last)))
+        for sequence, places in enumerate(asked.rows):
             rng = self._rngs[sequence]
             tempered = self._temper(candidates, sequence, len(places), temperature)
             proposal = propose(
@@ -215,7 +264,7 @@ class Decoder:
                 ranking_logsumexp=ranked.logsumexp,
                 ranked_last=last,
             )
-            if not len(read[sequence]):
+            if not len(asked.read[sequence]):
                 continue
             rivals = self._find_rivals(candidates, sequence, len(places), decided[sequence])
             order = self._orders[sequence] if self._orders else None
@@ -229,7 +278,7 @@ class Decoder:
                 ranked_last=last,
             )
             state = TransferState(
-                quota=int(quota[sequence]),
+                quota=int(asked.quota[sequence]),
                 block=span,
                 block_step=block_step,
                 block_masks=int(self._block_masks[sequence]),
@@ -245,7 +294,7 @@ class Decoder:
                 verified=verified[sequence] if verified else None,
                 rival=rivals.confidence if rivals else None,
                 steps=self._request.schedule.steps_per_block,
-                draw=draws[sequence] if draws else None,
+                draw=asked.draws[sequence] if asked.draws else None,
                 logsumexp=candidates.logsumexp[sequence, : len(places)].astype(np.float64),
                 memory=self._memories[sequence],
             )
@@ -351,8 +400,11 @@ class Decoder:
         span: tuple[int, int],
         block_step: int,
         temperature: float,
-    ) -> Candidates:
-        """The rule's head on the candidates [B, n]. With a state it runs on the whole block, so that a row keeps its place."""
+    ) -> Callable[[], Candidates]:
+        """Queue the rule's head on the candidates [B, n], and give what waits for them.
+
+        With a state it runs on the whole block, so that a row keeps its place.
+        """
         graph = self._transfer.head
         if graph == "head_moved":
             return self._move_tokens(hidden, index, rows, block_step)
@@ -364,30 +416,30 @@ class Decoder:
         block = np.ascontiguousarray(self._predictors[:, start:end])
         numbers = self._transfer.head_inputs(block_step)
         self._clock.time(self._head.prepare_state(graph, hidden, block, self._banned, numbers))
-        read = self._clock.time(lambda: self._head.read(end - start, *(MOVED if graph == "head_tracked" else ())))
+        candidates = self._fetch(end - start, *(MOVED if graph == "head_tracked" else ()))
         places = np.zeros_like(index)
         for sequence, own in enumerate(rows):
             places[sequence, : len(own)] = own - start
-        return _check_finite(read.take(places))
+        return lambda: candidates().take(places)
 
     def _draw_tokens(
         self, hidden: Buffer, index: NDArray[np.int32], rows: list[NDArray[np.int64]], temperature: float
-    ) -> Candidates:
+    ) -> Callable[[], Candidates]:
         """Candidates with a token of each that was drawn from the whole vocabulary: two random numbers a row."""
         uniform = self._draw_uniform(index, rows)
         self._clock.time(self._head.prepare_drawn(hidden, index, self._banned, uniform, 1.0 / temperature))
-        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1], *DRAWN)))
+        return self._fetch(index.shape[1], *DRAWN)
 
     def _move_tokens(
         self, hidden: Buffer, index: NDArray[np.int32], rows: list[NDArray[np.int64]], block_step: int
-    ) -> Candidates:
+    ) -> Callable[[], Candidates]:
         """Candidates with the token of each that comes after its present one: two random numbers a row, as above."""
         uniform, present = self._draw_uniform(index, rows), np.zeros_like(index)
         for sequence, places in enumerate(rows):
             present[sequence, : len(places)] = self.response[sequence, places]
         moves = self._transfer.move_weights(block_step, self._request.schedule.steps_per_block, self._vocab)
         self._clock.time(self._head.prepare_moved(hidden, index, present, self._banned, uniform, moves))
-        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1], *DRAWN)))
+        return self._fetch(index.shape[1], *DRAWN)
 
     def _draw_uniform(self, index: NDArray[np.int32], rows: list[NDArray[np.int64]]) -> NDArray[np.float32]:
         uniform = np.zeros((*index.shape, 2), np.float32)
@@ -395,9 +447,12 @@ class Decoder:
             uniform[sequence, : len(places)] = self._rngs[sequence].integers(0, UNIFORM, (len(places), 2)) / UNIFORM
         return uniform
 
-    def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Candidates:
+    def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Callable[[], Candidates]:
         self._clock.time(self._head.prepare(hidden, index, banned))
-        return _check_finite(self._clock.time(lambda: self._head.read(index.shape[1])))
+        return self._fetch(index.shape[1])
+
+    def _fetch(self, count: int, *others: str) -> Callable[[], Candidates]:
+        return self._clock.time(lambda: self._head.fetch(count, *others))
 
 
 def _moved(values: NDArray[np.float32] | None, sequence: int, count: int, *, first: bool) -> NDArray[np.float64] | None:

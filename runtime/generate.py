@@ -1,22 +1,27 @@
-"""The step loop: plan -> run -> sample -> commit -> yield a frame."""
+"""The step loop: plan -> run -> sample -> commit -> yield a frame.
+
+Where a device decides too (`Denoiser._looks_ahead`), the next step's layers are queued before the host samples, so that the
+device waits for nobody; the frames are the same.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.errors import UsageError
+from dllm_export.errors import MismatchError, UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.clock import Clock
 from dllm_export.runtime.conditioning import Conditioner
-from dllm_export.runtime.decoder import Decoder, check_options, is_foreseen
+from dllm_export.runtime.decoder import Decoder, Question, check_options, is_foreseen
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.options import GenerationOptions, SettledOptions
 from dllm_export.runtime.policies.contract import make_plan, suits
@@ -24,11 +29,13 @@ from dllm_export.runtime.policies.policy import CachePolicy, Compaction, PrefixS
 from dllm_export.runtime.prefix_store import PrefixStore
 from dllm_export.runtime.request import Prefix, Request
 from dllm_export.runtime.rope import rotary_tables
-from dllm_export.runtime.session import Buffer, Session
+from dllm_export.runtime.session import Buffer, Fetch, Session
 from dllm_export.runtime.shadow import Shadow
 from dllm_export.runtime.sharing import Sharing
 from dllm_export.runtime.transfers import Quota, Transfer
 from dllm_export.runtime.trunk import Trunk
+
+T = TypeVar("T")
 
 GUIDANCE_WARMUP = 5
 """The guidance residual is fresh in the first steps whatever the interval (dLLM-Cache's released code)."""
@@ -51,11 +58,13 @@ class Frame:
     passes: int
     """Forward passes so far; guidance adds its own."""
     engine_seconds: float
-    """Time of this step inside the provider."""
+    """Time of this step that the host spends inside the provider, whatever the device does while the host does other work."""
     strategy_seconds: float
     """Time of this step that the cache policy took for its plan, and sampler and decoding rule for their decisions."""
     seconds: float
     """Time of this step in all."""
+    ahead: bool = False
+    """Whether the layers of the next step are queued behind this one already: their rows were decided on the device too."""
     drafts: NDArray[np.int32] | None = None
     """[B, R] The tokens with what undecided rows hold for now, in a model whose noise is other tokens."""
 
@@ -70,20 +79,20 @@ class Workspace:
         self.head = Head(session, shape, request.led, self.conditioner.inputs)
         self._unconditional: Trunk | None = None
         self._shadow: Shadow | None = None
-        self._session, self._shape = session, shape
+        self.session, self._shape = session, shape
 
     @property
     def unconditional(self) -> Trunk:
         """The second pass of classifier-free guidance, with caches of its own."""
         if self._unconditional is None:
-            self._unconditional = Trunk(self._session, self._shape, self.request.led, self.conditioner.inputs)
+            self._unconditional = Trunk(self.session, self._shape, self.request.led, self.conditioner.inputs)
         return self._unconditional
 
     @property
     def shadow(self) -> Shadow:
         """The shadow rows of decoding rules that verify."""
         if self._shadow is None:
-            self._shadow = Shadow(self._session, self._shape, self.request.led)
+            self._shadow = Shadow(self.session, self._shape, self.request.led)
         return self._shadow
 
 
@@ -108,6 +117,16 @@ class Passes:
         self.block = block
 
 
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A step whose layers run already, with what was decided on the device."""
+
+    state: StepState
+    plan: StepPlan
+    canvas: Fetch
+    """Waits for the tokens of its alive rows [B, X], as the device has them."""
+
+
 @dataclass(slots=True)
 class Denoiser:
     """One request on its way through the loop."""
@@ -130,6 +149,7 @@ class Denoiser:
     _clock: Clock = field(init=False, default_factory=Clock)
     _strategies: Clock = field(init=False, default_factory=Clock)
     _passes: int = field(init=False, default=0)
+    _queued: Queued | None = field(init=False, default=None)
     _conditional: Passes = field(init=False, default_factory=Passes)
     _unconditional: Passes = field(init=False, default_factory=Passes)
 
@@ -219,9 +239,12 @@ class Denoiser:
             self._clock.time(self.workspace.conditioner.prepare(level))
         plan = self._forward(step, block)
         hidden, shadow = self.workspace.conditional.hidden, self._run_shadow(plan, block)
-        engines = self._clock.seconds
-        committed = self._strategies.time(lambda: self._decoder.decide(hidden, block, block_step, quota, shadow))
-        self._strategies.seconds -= self._clock.seconds - engines  # the head runs in between
+        asked = self._strategize(lambda: self._decoder.ask(hidden, block, block_step, quota))
+        if asked is not None and self._looks_ahead and block_step < self.request.schedule.steps_per_block:
+            self._look_ahead(asked, block)
+        committed = self._strategize(lambda: self._decoder.decide(asked, shadow))
+        if self._queued is not None:
+            self._check(self._queued)
         edited = self._decoder.edited.copy()
         if self.transfer.edits:
             for passes in (self._conditional, self._unconditional):
@@ -234,6 +257,7 @@ class Denoiser:
             block=block,
             kind=plan.kind,
             tokens=self._decoder.decided,
+            ahead=self._queued is not None,
             drafts=self._decoder.response.copy() if self.transfer.moves else None,
             committed=committed,
             edited=edited,
@@ -252,8 +276,19 @@ class Denoiser:
         extra = schedule.blocks * self.transfer.extra_steps
         return extra + (schedule.steps if self.transfer.keeps_schedule else schedule.gen_length)
 
+    def _strategize(self, work: Callable[[], T]) -> T:
+        """Do a strategy's work and count its time, less that of the graphs that run in between."""
+        engines = self._clock.seconds
+        result = self._strategies.time(work)
+        self._strategies.seconds -= self._clock.seconds - engines
+        return result
+
     # -- run
     def _forward(self, step: int, block: int) -> StepPlan:
+        if self._queued is not None:
+            plan, self._queued = self._queued.plan, None
+            self._passes += 1
+            return plan
         state, plan = self._run_trunk(self.workspace.conditional, self._conditional, self._decoder.canvas, block)
         if not self._guided:
             return plan
@@ -290,13 +325,60 @@ class Denoiser:
         """The canvas [B, S] without what was given: the unconditional pass of guidance."""
         return np.where(self._given, np.int32(self.special.mask), self._decoder.canvas)
 
-    def _run_trunk(
-        self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int
-    ) -> tuple[StepState, StepPlan]:
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether the layers of a step may run before the host knows what the step before commits.
+
+        The device must be able to decide, the plan must not wait for the decision, and nothing else may look at what the
+        layers leave, or write what they read.
+        """
+        return (
+            self.workspace.session.queues
+            and self._decoder.takes_best
+            and getattr(self.policy, "foreseeable", False)
+            and not (self._guided or self.watch or self.shape.block or self.shape.conditioning)
+            and self._conditional.sharing is None
+        )
+
+    def _look_ahead(self, asked: Question, block: int) -> None:
+        """Queue the decision of a step, whose head is queued, and the layers of the next one."""
+        trunk, passes, workspace = self.workspace.conditional, self._conditional, self.workspace
+        state, plan = self._advance(passes, block)
+        columns = [self.request.shape.prompt_rows + rows for rows in asked.rows]
+        statistics, tokens = workspace.head.outputs(asked.index.shape[1]), trunk.tokens(plan)
+        commit = trunk.commit.prepare(
+            statistics, columns, asked.quota, self._decoder.canvas, trunk.columns(plan), tokens
+        )
+        self._clock.time(commit)
+        seen = self._clock.time(lambda: workspace.session.fetch([tokens]))
+        self._clock.time(trunk.prepare(plan, None))
+        self._queued = Queued(state, plan, seen)
+
+    def _check(self, queued: Queued) -> None:
+        """Refuse to go on where the device and the host decided otherwise by the same numbers."""
+        (found,) = self._clock.time(queued.canvas)
+        expected = np.take_along_axis(self._decoder.canvas, self.workspace.conditional.columns(queued.plan), axis=1)
+        different = np.argwhere(found != expected)
+        if len(different):
+            sequence, row = different[0]
+            raise MismatchError(
+                f"the device decided otherwise than the host before step {queued.state.step}: token {found[sequence, row]} in "
+                f"alive row {row} of sequence {sequence}, expected {expected[sequence, row]}; use --captures 0, which "
+                f"decides on the host alone, and report it"
+            )
+
+    def _advance(self, passes: Passes, block: int) -> tuple[StepState, StepPlan]:
+        """Count a pass, and plan it."""
         passes.advance(block)
         state, plan = self._strategies.time(lambda: self._plan(passes))
         passes.masked, passes.compacted = state.masked, plan.compaction or passes.compacted
         passes.edited = None
+        return state, plan
+
+    def _run_trunk(
+        self, trunk: Trunk, passes: Passes, canvas: NDArray[np.int32], block: int
+    ) -> tuple[StepState, StepPlan]:
+        state, plan = self._advance(passes, block)
         if passes.sharing is not None and plan.join is not None:
             self._clock.time(passes.sharing.load())
         self._clock.time(trunk.prepare(plan, canvas))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -219,11 +219,15 @@ class Head:
             self._programs[key] = self._session.prepare([GraphCall("guidance", None, tensors)])
         return self._programs[key]
 
-    def read(self, count: int, *others: str) -> Candidates:
-        """The statistics of the last run with this many candidate rows, and the `others` that its graph gives."""
+    def fetch(self, count: int, *others: str) -> Callable[[], Candidates]:
+        """What waits for the statistics of the last run with this many candidate rows, and for the `others` of its graph."""
         names = ("top_tokens", "top_logits", "logsumexp", "entropy", *others)
-        arrays = self._session.read([self._output(name, count) for name in names])
-        return Candidates(**dict(zip(names, arrays, strict=True)))
+        wait = self._session.fetch([self._output(name, count) for name in names])
+        return lambda: Candidates(**dict(zip(names, wait(), strict=True)))
+
+    def outputs(self, count: int) -> dict[str, Buffer]:
+        """What graph `commit` looks at, by name, of the last run with this many candidate rows."""
+        return {name: self._output(name, count) for name in ("token", "top_logits", "logsumexp")}
 
     def _output(self, name: str, count: int) -> Buffer:
         if (name, count) not in self._buffers:

@@ -84,7 +84,8 @@ def propose(
         choice = np.zeros(count, np.int64)
         chosen, logit = tokens[:, 0], logits[:, 0]
     total = (candidates.logsumexp if ranking_logsumexp is None else ranking_logsumexp)[sequence, :count]
-    confidence = np.exp(logit.astype(np.float64) - total)
+    # The difference in the head's own type, so that graph `commit` ranks by the same number.
+    confidence = np.exp((logit - total).astype(np.float64))
     if ranked_last:
         confidence[np.isin(chosen, list(ranked_last))] = 0.0
     return Proposal(chosen, confidence, choice)

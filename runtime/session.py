@@ -19,6 +19,9 @@ Prepack = Literal["auto", "on", "off"]
 Program = Callable[[], None]
 """Runs a fixed sequence of graph calls; prepared once, run at every step with the same plan."""
 
+Fetch = Callable[[], list[NDArray[Any]]]
+"""Waits for copies of buffers and gives them; what was queued after them is not waited for."""
+
 
 class Buffer(Protocol):
     """A tensor in the provider's memory, allocated once."""
@@ -34,6 +37,14 @@ class Buffer(Protocol):
 
     def read(self) -> NDArray[Any]:
         """A host copy; waits for the programs that write the buffer."""
+        ...
+
+
+class Mark(Protocol):
+    """A point in the work of a provider."""
+
+    def seconds_until(self, later: Any) -> float:
+        """Time that the provider took from here to a later mark of the same session, which is waited for."""
         ...
 
 
@@ -81,6 +92,8 @@ class Session(Protocol):
     """Whether a call may write a buffer that it reads, so that a cache needs no second copy."""
     few_sizes: bool
     """Whether a size that occurs for the first time costs more than rows that nobody asked for."""
+    queues: bool
+    """Whether a program returns before the device has run it, so that the next one can be queued behind it."""
 
     def allocate(self, dims: tuple[int, ...], type: TensorType) -> Buffer:
         """A zeroed buffer."""
@@ -90,8 +103,12 @@ class Session(Protocol):
         """A program of these calls in this order."""
         ...
 
-    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
-        """Copies of several buffers on the host, for which the device is waited for once."""
+    def fetch(self, buffers: Sequence[Buffer]) -> Fetch:
+        """Queue copies of several buffers to the host, as they are after the programs so far, and give what waits for them."""
+        ...
+
+    def mark(self) -> Mark:
+        """The present end of what was given to the provider, on the device's clock where programs are queued."""
         ...
 
     def inspect(self) -> SessionReport:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dllm_export.graphs import ModelShape, TensorType, layer_graph
 from dllm_export.runtime.buffers import Buffers, RequestShape, Segment
 from dllm_export.runtime.compact_cache import CompactCache
+from dllm_export.runtime.device_commit import DeviceCommit
 from dllm_export.runtime.policies.policy import PICKING_GRAPHS, LayerPlan, Rows, StepPlan
 from dllm_export.runtime.prefix_port import PrefixPort
 from dllm_export.runtime.programs import ProgramStore
@@ -37,6 +38,7 @@ class Trunk:
         self._halves = (0,) * shape.layers
         self._in_place = session.in_place
         self._programs = ProgramStore(session)
+        self.commit = DeviceCommit(session, self._buffers)
         self._placed_rows: Rows | None = None
         self._forced_rows: tuple[Segment, Rows] | None = None
 
@@ -56,12 +58,17 @@ class Trunk:
             self._buffers.get("block", dims, "int32").write(block)
         self._compact.start(cos, sin, mask)
 
-    def prepare(self, plan: StepPlan, tokens: NDArray[np.int32]) -> Program:
-        """Upload the alive rows of the canvas [B, S] and return the step's program; caches count as written after it."""
-        if plan.rows is None:
-            self._tokens(plan).write(tokens[:, self._first(plan) :])
-        else:
-            self._tokens(plan).write(np.take_along_axis(tokens, self._alive(plan), axis=1))
+    def prepare(self, plan: StepPlan, tokens: NDArray[np.int32] | None) -> Program:
+        """Upload the alive rows of the canvas [B, S] and return the step's program; caches count as written after it.
+
+        None where another program writes `tokens(plan)`.
+        """
+        if tokens is not None:
+            whole = plan.rows is None
+            self.tokens(plan).write(
+                tokens[:, self._first(plan) :] if whole else np.take_along_axis(tokens, self.columns(plan), axis=1)
+            )
+        if plan.rows is not None:
             self._place(plan.rows)
         if plan.forced is not None:
             self._force(plan.alive, plan.forced)
@@ -117,7 +124,7 @@ class Trunk:
         if last.graph == "layer_full":
             rows[:] = True
         if last.graph == "layer_partial":
-            np.put_along_axis(rows, self._alive(plan), True, axis=1)
+            np.put_along_axis(rows, self.columns(plan), True, axis=1)
         if last.graph in PICKING_GRAPHS:
             picked = self._picked(last.budget).read()
             np.put_along_axis(rows, picked.astype(np.int64), True, axis=1)
@@ -130,7 +137,7 @@ class Trunk:
         return means
 
     # -- positions that a plan brings along
-    def _alive(self, plan: StepPlan) -> NDArray[np.int64]:
+    def columns(self, plan: StepPlan) -> NDArray[np.int64]:
         """Positions of the alive rows [B, X]."""
         if plan.rows is not None:
             return plan.rows.array().astype(np.int64)
@@ -181,7 +188,7 @@ class Trunk:
 
     # -- a plan as graph calls
     def _calls(self, plan: StepPlan) -> Iterator[GraphCall]:
-        yield GraphCall("embed", None, {"tokens": self._tokens(plan), "hidden_out": self._stream(plan, 0)})
+        yield GraphCall("embed", None, {"tokens": self.tokens(plan), "hidden_out": self._stream(plan, 0)})
         for layer, step in enumerate(plan.layers):
             if layer == plan.join:
                 before, plan = plan, replace(plan, alive="sequence", rows=None)
@@ -286,7 +293,8 @@ class Trunk:
             **self._shared,
         }
 
-    def _tokens(self, plan: StepPlan) -> Buffer:
+    def tokens(self, plan: StepPlan) -> Buffer:
+        """Where the tokens of the alive rows [B, X] lie in a step of this plan."""
         count = self._alive_count(plan)
         name = f"rows.{count}" if plan.rows else plan.alive
         return self._buffers.get(f"tokens.{name}", (self.request.batch, count), "int32")

@@ -51,6 +51,7 @@ CALLED_WITH: Mapping[str, str] = {
     "head_credited": "--transfer credit",
     "head_drawn": "--transfer ddpm --temperature 1",
     "layer_shadow": "--transfer wino",
+    "commit": "--transfer quota --temperature 0",
 }
 """Flags with which a generation of a few steps calls a graph; the others are called by every generation."""
 

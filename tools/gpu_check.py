@@ -117,11 +117,6 @@ class GpuCheckOptions:
         """Columns of the runtime, by name."""
         return {name: COLUMNS[name] for name in self.bench.names if COLUMNS[name].way == "session"}
 
-    @property
-    def flavours(self) -> tuple[str, ...]:
-        """Of TensorRT, those that are measured."""
-        return tuple(kind.flavour for kind in self.kinds.values() if kind.flavour)
-
     def python(self, kind: ColumnKind) -> list[str]:
         """How to start the Python of a column."""
         return [*(self.bench.pythons.get(kind.flavour or kind.provider) or [sys.executable])]
@@ -252,8 +247,9 @@ def fixed_sizes(options: GpuCheckOptions) -> str:
 def build_engines(what: Measurement, options: GpuCheckOptions) -> Iterator[tuple[str, float]]:
     """Flavour -> seconds of the build of the graphs that are measured; one that fails leaves a column that says so."""
     outlooks = (foresee_policy(what, policy.name, policy.settings) for policy in what.settings.policies)
-    graphs = ",".join(sorted(frozenset[str]().union(*(outlook.graphs for outlook in outlooks))))
-    for kind in options.kinds.values():
+    # What is foreseen is decided on the host; a device decides by a graph of its own.
+    graphs = ",".join(sorted(frozenset({"commit"}).union(*(outlook.graphs for outlook in outlooks))))
+    for kind in {kind.flavour: kind for kind in options.kinds.values()}.values():  # columns may share engines
         if kind.flavour:
             start = time.perf_counter()
             sizes = f"--max-length {options.prompt + options.response} --max-batch 1 --rows {options.response}"

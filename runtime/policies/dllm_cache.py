@@ -22,6 +22,7 @@ class DllmCache:
     update_ratio: float = option(0.25, "share of response rows recomputed between refreshes, by value drift")
     first_layer_rule: bool = option(True, "recompute the first layer fully on every step, as the released code does")
     name: ClassVar[str] = "dllm-cache"
+    foreseeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in ("prompt_interval", "response_interval"):

@@ -13,6 +13,7 @@ class DualCache:
     """Everything in the first step of a block; in the others the block's rows, with the keys and values of both sides."""
 
     name: ClassVar[str] = "dual"
+    foreseeable: ClassVar[bool] = True
 
     def plan(self, state: StepState) -> StepPlan:
         if state.block_step == 1:

@@ -13,6 +13,7 @@ class FreeCache:
     """Everything in the first step; then the rows from the current block's start to the end, and nothing is refreshed."""
 
     name: ClassVar[str] = "freecache"
+    foreseeable: ClassVar[bool] = True
 
     def plan(self, state: StepState) -> StepPlan:
         if state.step == 1:

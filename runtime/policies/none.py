@@ -13,6 +13,7 @@ class NoCache:
     """The baseline that every policy is compared with."""
 
     name: ClassVar[str] = "none"
+    foreseeable: ClassVar[bool] = True
 
     def plan(self, state: StepState) -> StepPlan:
         return StepPlan.refresh(state, keep_delta=False)

@@ -290,7 +290,11 @@ class StepPlan:
 
 
 class CachePolicy(Protocol):
-    """A named, frozen set of parameters with one pure method."""
+    """A named, frozen set of parameters with one pure method.
+
+    One whose plans are the same whatever rows are decided, because they go by the numbers of the step and the block, has a
+    class variable `foreseeable = True`: its steps can be queued before the step before them is decided.
+    """
 
     name: ClassVar[str]
     """The name under which the command line knows the policy."""

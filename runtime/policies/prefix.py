@@ -13,6 +13,7 @@ class PrefixCache:
     """Everything in the first step of a block; in the others the rows from the block's start to the end of the sequence."""
 
     name: ClassVar[str] = "prefix"
+    foreseeable: ClassVar[bool] = True
 
     def plan(self, state: StepState) -> StepPlan:
         if state.block_step == 1:

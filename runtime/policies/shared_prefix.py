@@ -42,6 +42,11 @@ class SharedPrefix:
         """Whether the base must know which rows a step decides."""
         return bool(getattr(self.base, "needs_upcoming", False))
 
+    @property
+    def foreseeable(self) -> bool:
+        """Whether the base's plans are the same whatever rows are decided."""
+        return bool(getattr(self.base, "foreseeable", False))
+
     def plan(self, state: StepState) -> StepPlan:
         prefix = state.prefix
         if prefix is None:

@@ -27,6 +27,7 @@ class SpaCache:
     end_ratio: float = option(0.13, "share at the last layer's end of the curve")
     min_ratio: float = option(1 / 32, "least share of the layers before the peak")
     name: ClassVar[str] = "spa"
+    foreseeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "prompt_interval", "response_interval")

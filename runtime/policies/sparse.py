@@ -19,6 +19,7 @@ class SparseCache:
 
     keep_ratio: float = option(0.5, "share of the rows outside the block that stay cached in every layer")
     name: ClassVar[str] = "sparse"
+    foreseeable: ClassVar[bool] = True
     attention: ClassVar[Attention] = "full"
 
     def __post_init__(self) -> None:

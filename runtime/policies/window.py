@@ -20,6 +20,7 @@ class WindowCache:
     after: int = option(16, "rows recomputed after the block")
     refresh_interval: int = option(0, REFRESH_INTERVAL)
     name: ClassVar[str] = "window"
+    foreseeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "before", "after", "refresh_interval")

@@ -20,7 +20,16 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import GraphSpec, TensorType
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.session import Buffer, GraphCall, Program, SessionOptions, SessionReport, available_cores
+from dllm_export.runtime.clock import HostMark
+from dllm_export.runtime.session import (
+    Buffer,
+    Fetch,
+    GraphCall,
+    Program,
+    SessionOptions,
+    SessionReport,
+    available_cores,
+)
 from dllm_export.runtime.tensorrt.profiles import measure_sizes
 
 if TYPE_CHECKING:
@@ -77,6 +86,7 @@ class OnnxRuntimeSession:
 
     provider = "onnxruntime"
     in_place = False
+    queues = False  # the last call of a program waits: onnxruntime offers no other way to be told of its end
 
     def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
         wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[options.place]
@@ -134,8 +144,12 @@ class OnnxRuntimeSession:
 
         return run
 
-    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
-        return [buffer.read() for buffer in buffers]
+    def fetch(self, buffers: Sequence[Buffer]) -> Fetch:
+        arrays = [buffer.read() for buffer in buffers]
+        return lambda: arrays
+
+    def mark(self) -> HostMark:
+        return HostMark()
 
     def inspect(self) -> SessionReport:
         return SessionReport(provider=self.provider, library=f"onnxruntime {ort.__version__}")

@@ -29,7 +29,7 @@ from dllm_export.runtime.cuda import (
     gpu_name,
 )
 from dllm_export.runtime.manifest import EngineRecord
-from dllm_export.runtime.session import Buffer, GraphCall, SessionOptions, SessionReport
+from dllm_export.runtime.session import Buffer, Fetch, GraphCall, SessionOptions, SessionReport
 from dllm_export.runtime.tensorrt.compatibility import Host, choose_engines, missing_engine
 from dllm_export.runtime.tensorrt.engine import ALIGNMENT, Context, Engine, to_engine_type
 from dllm_export.runtime.tensorrt.kernels import KernelCache
@@ -123,6 +123,7 @@ class TensorRtSession:
             self._library, self._host, records = find_engines(bundle, flavours, options)
             self._require_memory(bundle.weight_bytes, 0)  # before the library, which says little when memory is short
             self._engines = self._load_engines(records)
+            self.queues = options.captures > 0 and "commit" in self._engines
             scratch = max(engine.scratch_bytes for engine in self._engines.values())
             self._require_memory(bundle.weight_bytes, scratch)
             self._scratch = DeviceMemory(self.usage, "workspace", scratch)
@@ -193,12 +194,23 @@ class TensorRtSession:
 
         return CapturedProgram(self.captures, queue, self.stream.capture, describe_calls(calls))
 
-    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
+    def fetch(self, buffers: Sequence[Buffer]) -> Fetch:
         wanted = [buffer for buffer in buffers if isinstance(buffer, CudaBuffer)]
         for buffer in wanted:
             buffer.download()
-        self.stream.wait()
-        return [buffer.host.copy() for buffer in wanted]
+        done = Event()
+        done.record(self.stream)
+
+        def wait() -> list[NDArray[Any]]:
+            done.wait()
+            return [buffer.host.copy() for buffer in wanted]
+
+        return wait
+
+    def mark(self) -> Event:
+        mark = Event(timed=True)
+        mark.record(self.stream)
+        return mark
 
     def inspect(self) -> SessionReport:
         """Engines, captures and memory as they are now."""

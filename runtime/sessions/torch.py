@@ -20,7 +20,8 @@ from dllm_export.graphs import DType, ModelShape, TensorType
 from dllm_export.graphs.torch_ops import CompiledTorchOps, TorchOps
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
-from dllm_export.runtime.session import Buffer, GraphCall, Program, SessionOptions, SessionReport
+from dllm_export.runtime.clock import HostMark
+from dllm_export.runtime.session import Buffer, Fetch, GraphCall, Mark, Program, SessionOptions, SessionReport
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
@@ -61,7 +62,7 @@ class TorchBuffer:
         self._written.record()
 
     def read(self) -> NDArray[Any]:
-        return read_together([self])[0]
+        return fetch_together([self])()[0]
 
     def download(self) -> torch.Tensor:
         """Where the values are on the host, once the device has done what it was told before."""
@@ -81,12 +82,37 @@ def fill(host: torch.Tensor, array: NDArray[Any]) -> None:
         host.numpy()[...] = array
 
 
-def read_together(buffers: Sequence[TorchBuffer]) -> list[NDArray[Any]]:
-    """Copies of these buffers; the device is waited for once."""
+def fetch_together(buffers: Sequence[TorchBuffer]) -> Fetch:
+    """Copies of these buffers, queued now; the device is waited for once."""
     hosts = [buffer.download() for buffer in buffers]
-    if any(buffer.tensor.is_cuda for buffer in buffers):
-        torch.cuda.current_stream().synchronize()
-    return [(host.float() if host.dtype == torch.bfloat16 else host).numpy().copy() for host in hosts]
+
+    def copy() -> list[NDArray[Any]]:
+        return [(host.float() if host.dtype == torch.bfloat16 else host).numpy().copy() for host in hosts]
+
+    if not any(buffer.tensor.is_cuda for buffer in buffers):
+        arrays = copy()
+        return lambda: arrays
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def wait() -> list[NDArray[Any]]:
+        done.synchronize()
+        return copy()
+
+    return wait
+
+
+class TorchMark:
+    """A point on the current stream."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def seconds_until(self, later: TorchMark) -> float:
+        """Time from this mark to a later one, which is waited for."""
+        later._event.synchronize()
+        return float(self._event.elapsed_time(later._event)) / 1e3
 
 
 class TorchCapture:
@@ -168,6 +194,7 @@ class TorchSession:
         self._unmasks = options.compile or options.place == "cuda"  # elsewhere it stays the reference that it is
         self._functions: dict[Hashable, GraphFunction] = {}
         self._captures: Captures[NamedCapture] = Captures(options.captures if options.place == "cuda" else 0)
+        self.queues = self._captures.limit > 0
         # The pool itself and not a handle of it: it must outlive the last capture, for there may be another.
         self._pool = torch.cuda.MemPool() if self._captures.limit else None
         if options.threads:  # a setting of the whole process, so it is left alone unless asked for
@@ -206,8 +233,11 @@ class TorchSession:
 
         return run
 
-    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
-        return read_together([buffer for buffer in buffers if isinstance(buffer, TorchBuffer)])
+    def fetch(self, buffers: Sequence[Buffer]) -> Fetch:
+        return fetch_together([buffer for buffer in buffers if isinstance(buffer, TorchBuffer)])
+
+    def mark(self) -> Mark:
+        return TorchMark() if self._device.type == "cuda" else HostMark()
 
     def inspect(self) -> SessionReport:
         return SessionReport(

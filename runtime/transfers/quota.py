@@ -15,6 +15,7 @@ class Quota(Transfer):
     name: ClassVar[str] = "quota"
     keeps_schedule: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
+    takes_best: ClassVar[bool] = True
 
     def choose(self, state: TransferState) -> Choice:
         return Choice(best_first(state.ranking)[: state.quota])

@@ -92,6 +92,8 @@ class Transfer(Protocol):
     """Whether the rule looks at `verified`: a step with decided rows in its block then also runs the block's shadow."""
     reveals: ClassVar[bool] = False
     """Whether `reveal` says before a step runs which candidates it commits; such a rule `draws`."""
+    takes_best: ClassVar[bool] = False
+    """Whether a step commits its quota of the rows with the highest `ranking` and nothing else, so that graph `commit` can."""
     idles: ClassVar[bool] = False
     """Whether a step that is known to commit nothing is left out, its forward pass too."""
 

@@ -71,6 +71,8 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
     if spec.name == "layer_compact":
         index = draw_index(rng, alive, length)
     slot, fresh = place(index, length)
+    if spec.name == "commit":  # its candidates lie among the alive rows
+        slot, fresh = place(draw_index(rng, sizes["Q"], alive), alive)
     bias = np.zeros(shape.vocab, np.float32)
     bias[3] = -1e30
     return {
@@ -85,6 +87,9 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "bias": bias,
         "budget": np.array([sizes["Q"] if spec.name == "layer_compact" else 3]),
         "kept": np.arange(sizes["Q"]) < np.array([[sizes["Q"]], [alive + (sizes["Q"] - alive) // 2]]),
+        "token": np.random.default_rng(6).integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),
+        "candidate": np.arange(sizes["Q"]) < np.array([[sizes["Q"]], [sizes["Q"] - 1]]),
+        "quota": np.arange(1.0, SIZES["B"] + 1),
         "forced": rng.random((SIZES["B"], alive)) < 0.15,
         "shown": rng.random((SIZES["B"], sizes["Q"])) < 0.7,
         "given": rng.integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),

@@ -160,8 +160,11 @@ def test_buffers_that_are_read_together_are_copies_of_each(provider: str, tiny_b
         buffers = [session.allocate((2, 3), type) for type in ("int32", "float32")]
         for place, buffer in enumerate(buffers):
             buffer.write(np.arange(6).reshape(2, 3) + place)
-        found = session.read(buffers)
+        found = session.fetch(buffers)()
         for array in found:
             array[:] = 0
-        assert [array.tolist() for array in session.read(buffers)] == [[[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]]]
-        assert session.read(buffers[:1])[0].dtype == np.int32
+        assert [array.tolist() for array in session.fetch(buffers)()] == [
+            [[0, 1, 2], [3, 4, 5]],
+            [[1, 2, 3], [4, 5, 6]],
+        ]
+        assert session.fetch(buffers[:1])()[0].dtype == np.int32

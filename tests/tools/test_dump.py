@@ -123,6 +123,14 @@ def test_the_flags_that_a_message_names_make_the_graph_run(graph: str, dump: Dum
     assert (dump(graph, flags) / f"{graph}.onnx").is_file()
 
 
+def test_what_a_device_would_commit_is_dumped_where_nothing_is_queued(dump: Dump) -> None:
+    folder = dump("commit", f"{CALLED_WITH['commit']} --policy dllm-cache --step 2")
+    assert compare_exactly(run_again(folder, "commit"), load(folder / "outputs.json"))
+    (feed,) = load(folder / "inputs.json")
+    ((_, (outputs,)),) = load(folder / "outputs.json")
+    assert [(row != new).sum() for row, new in zip(feed["tokens"], outputs["tokens_out"], strict=True)] == [1, 1]
+
+
 def test_every_graph_has_flags_or_is_always_called() -> None:
     assert set(CALLED_WITH) | ALWAYS_CALLED == set(graph_specs(replace(SHAPE, indicator_rank=1)))
     assert not set(CALLED_WITH) & ALWAYS_CALLED

@@ -77,6 +77,12 @@ COLUMNS: Mapping[str, ColumnKind] = {
         captures=CAPTURES,
         flavour="tensorrt",
     ),
+    "tensorrt-calls": ColumnKind(
+        what="the same without CUDA graphs: every call is queued by itself",
+        provider="tensorrt",
+        place="cuda",
+        flavour="tensorrt",
+    ),
     "tensorrt-rtx": ColumnKind(
         what="this runtime on TensorRT for RTX",
         provider="tensorrt",

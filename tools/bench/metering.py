@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.graphs import TensorType
 from dllm_export.graphs.counting_ops import Product
-from dllm_export.runtime.session import Buffer, GraphCall, Program, Session, SessionReport
+from dllm_export.runtime.clock import HostMark
+from dllm_export.runtime.session import Buffer, Fetch, GraphCall, Mark, Program, Session, SessionReport
 from dllm_export.runtime.tensorrt.profiles import measure_sizes
 from dllm_export.tools.bench.roofline import TYPE_BYTES, Call, Model, Work
 
@@ -26,19 +27,30 @@ def describe_call(model: Model, call: GraphCall) -> Call:
     return Call(call.graph, call.layer, measure_sizes(model.specs[call.graph], dims))
 
 
+class Run(NamedTuple):
+    """A program that ran, or is queued: its work, and the provider's time before and after it."""
+
+    work: Work
+    start: Mark
+    end: Mark
+
+
 @dataclass(slots=True)
 class Meter:
-    """Work of the programs that ran since it was last taken; matrix products and graphs of all that ran."""
+    """The programs that ran since they were last taken; matrix products and graphs of all that ran."""
 
     model: Model
-    work: Work = field(default_factory=Work)
+    runs: list[Run] = field(default_factory=list)
     products: Counter[Product] = field(default_factory=Counter)
     graphs: set[str] = field(default_factory=set)
 
-    def take(self) -> Work:
-        """The work so far, which then starts anew."""
-        work, self.work = self.work, Work()
-        return work
+    def take(self, *, ahead: bool = False) -> tuple[Work, float]:
+        """Work of the programs so far and the seconds that the provider took for them; with `ahead` the last one waits.
+
+        It is the next step's then, queued before this one ended.
+        """
+        taken, self.runs = (self.runs[:-1], self.runs[-1:]) if ahead else (self.runs, [])
+        return sum((run.work for run in taken), Work()), sum(run.start.seconds_until(run.end) for run in taken)
 
 
 class MeteredSession:
@@ -46,21 +58,19 @@ class MeteredSession:
 
     def __init__(self, session: Session, model: Model) -> None:
         self._session, self.meter = session, Meter(model)
-        self.provider, self.in_place, self.few_sizes = session.provider, session.in_place, session.few_sizes
-        self.allocate, self.read, self.inspect, self.close = (
-            session.allocate,
-            session.read,
-            session.inspect,
-            session.close,
-        )
+        self.provider, self.in_place = session.provider, session.in_place
+        self.few_sizes, self.queues = session.few_sizes, session.queues
+        self.allocate, self.fetch, self.mark = session.allocate, session.fetch, session.mark
+        self.inspect, self.close = session.inspect, session.close
 
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
         meter, made = self.meter, [describe_call(self.meter.model, call) for call in calls]
         work, products, program = meter.model.work(made), meter.model.count(made), self._session.prepare(calls)
 
         def run() -> None:
+            start = self.mark()
             program()
-            meter.work += work
+            meter.runs.append(Run(work, start, self.mark()))
             meter.products.update(products)
             meter.graphs.update(call.graph for call in made)
 
@@ -87,6 +97,7 @@ class OutlineSession:
     provider = "outline"
     in_place = False
     few_sizes = False
+    queues = False
 
     def __init__(self, dtype: str) -> None:
         self._dtype, self.buffer_bytes = dtype, 0
@@ -98,8 +109,11 @@ class OutlineSession:
     def prepare(self, calls: Sequence[GraphCall]) -> Program:
         return lambda: None
 
-    def read(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]]:
-        return [buffer.read() for buffer in buffers]
+    def fetch(self, buffers: Sequence[Buffer]) -> Fetch:
+        return lambda: [buffer.read() for buffer in buffers]
+
+    def mark(self) -> HostMark:
+        return HostMark()
 
     def inspect(self) -> SessionReport:
         return SessionReport(provider=self.provider, library="none", memory={"buffers": self.buffer_bytes})

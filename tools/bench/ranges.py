@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from typing import Any, Protocol
 
 from dllm_export.errors import IncompatibleError
@@ -18,7 +19,7 @@ class Ranges(Protocol):
         ...
 
     def end(self) -> None:
-        """End the last one."""
+        """End the one that began first: a step may begin before the one before it ends."""
         ...
 
 
@@ -40,12 +41,13 @@ class NvtxRanges:
             self._nvtx: Any = importlib.import_module("nvtx")
         except ModuleNotFoundError:
             raise IncompatibleError("--nvtx needs the package nvtx: pip install nvtx, or leave it out") from None
+        self._open: deque[object] = deque()
 
     def start(self, name: str) -> None:
-        self._nvtx.push_range(name, domain="dllm-export")
+        self._open.append(self._nvtx.start_range(name, domain="dllm-export"))
 
     def end(self) -> None:
-        self._nvtx.pop_range(domain="dllm-export")
+        self._nvtx.end_range(self._open.popleft())
 
 
 class NamedSteps:
@@ -54,6 +56,7 @@ class NamedSteps:
     def __init__(self, policy: CachePolicy, ranges: Ranges) -> None:
         self.name = policy.name
         self.needs_upcoming = getattr(policy, "needs_upcoming", False)
+        self.foreseeable = getattr(policy, "foreseeable", False)
         self._policy, self._ranges = policy, ranges
 
     def plan(self, state: StepState) -> StepPlan:

@@ -59,6 +59,9 @@ def session_steps(
     lm: DiffusionLM, meter: Meter, request: SessionRequest, policy: CachePolicy, ranges: Ranges
 ) -> Iterator[Step]:
     """The steps of a generation; whatever is done before the first step counts for that step."""
+    lm.session.mark().seconds_until(
+        lm.session.mark()
+    )  # a generation that was not run to its end may have left work queued
     start = time.perf_counter()
     meter.take()
     options = request.options
@@ -66,7 +69,8 @@ def session_steps(
     for frame in lm.stream(lm.continuation(request.prompts, options), options, named, request.rule):
         seconds = time.perf_counter() - start
         ranges.end()
-        yield Step(frame.kind, seconds, frame.engine_seconds, frame.tokens.ravel().astype(np.int64), meter.take())
+        work, inside = meter.take(ahead=frame.ahead)
+        yield Step(frame.kind, seconds, inside, frame.tokens.ravel().astype(np.int64), work)
         start = time.perf_counter()
 
 

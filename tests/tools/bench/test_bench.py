@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -310,21 +310,26 @@ def test_what_a_policy_will_do_is_what_it_then_does(tiny_bundle: Bundle) -> None
         name: kind for name, kind in POLICIES.items() if name in ("none", "dllm-cache", "prefix", "dual", "window")
     }
     assert len(kinds) == 5
-    for kind, request in ((kind, request) for kind in kinds.values() for request in requests):
+    for kind, request, queues in product(kinds.values(), requests, (False, True)):
         outlook = foresee(tiny_bundle, request, 12, kind())
-        inner = open_session(tiny_bundle, SessionOptions(threads=1))
+        inner = open_session(tiny_bundle, SessionOptions(provider="torch" if queues else "onnxruntime", threads=1))
+        inner.queues = queues
         session = MeteredSession(inner, Model(tiny_bundle.specs, manifest.shape, manifest.dtype))
         with DiffusionLM(tiny_bundle, session) as lm:
             done = list(islice(session_steps(lm, session.meter, request, kind(), NoRanges()), 12))
         assert [step.work for step in done] == list(outlook.work)
-        assert outlook.products == session.meter.products
+        if queues:
+            assert session.meter.graphs - outlook.graphs == {"commit"}
+            assert session.meter.runs, "the layers of step 13, which nobody asked for"
+        else:
+            assert outlook.products == session.meter.products
 
 
 def test_every_step_is_a_range_with_its_index_and_kind(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     nvtx = ModuleType("nvtx")
-    nvtx.push_range = lambda name, domain: seen.append(f"{domain}: {name}")  # type: ignore[attr-defined]
-    nvtx.pop_range = lambda domain: seen.append("end")  # type: ignore[attr-defined]
+    nvtx.start_range = lambda name, domain: seen.append(f"{domain}: {name}") or name  # type: ignore[attr-defined]
+    nvtx.end_range = lambda name: seen.append(f"end of {name}")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nvtx", nvtx)
     session = MeteredSession(OutlineSession("float32"), Model(tiny_bundle.specs, tiny_bundle.manifest.shape, "float32"))
     with DiffusionLM(tiny_bundle, session) as lm:
@@ -336,7 +341,8 @@ def test_every_step_is_a_range_with_its_index_and_kind(tiny_bundle: Bundle, monk
                 2,
             )
         )
-    assert seen == ["dllm-export: step 1 full", "end", "dllm-export: step 2 partial", "end"]
+    first, second = "step 1 full", "step 2 partial"
+    assert seen == [f"dllm-export: {first}", f"end of {first}", f"dllm-export: {second}", f"end of {second}"]
 
 
 def test_ranges_without_their_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
