@@ -94,4 +94,5 @@ def draw_statistics(vocab: int) -> dict[str, NDArray[np.generic]]:
         "logsumexp": rng.random((BATCH, BUDGET)) + np.log(vocab),
         "candidate": np.arange(BUDGET) < np.array([[BUDGET], [BUDGET - 1]]),
         "quota": np.arange(1.0, BATCH + 1),
+        "sure": np.array([-np.log(vocab)]),
     }

@@ -559,6 +559,7 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
                 *(statistic for statistic in statistics if statistic.name in ("top_logits", "logsumexp")),
                 TensorSpec("candidate", "bool", ("B", "Q")),
                 TensorSpec("quota", "float32", ("B",)),
+                TensorSpec("sure", "float32", (1,)),
             ),
             (),
             (positions("tokens_out", "X"),),

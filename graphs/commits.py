@@ -14,10 +14,11 @@ LAST = -3e38
 def commit(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
     """The next step's tokens: `tokens` [B, X], with those of the best-ranked candidates in their places.
 
-    The rule is `quota` with low confidence (LLaDA's sampling loop, arXiv 2502.09992): of each sequence the `quota` rows whose
-    likeliest token has the largest probability, the first of equal ones. Ranks are by the logarithm of it in the head's own
-    type, as the host ranks, so that both commit the same rows to the bit. `candidate` [B, Q] is false where rows only pad;
-    alive row x takes the token of candidate `slot[x]` if that one is committed and `fresh[x]`.
+    Committed are of each sequence the `quota` rows whose likeliest token has the largest probability, the first of equal ones
+    (LLaDA's sampling loop, arXiv 2502.09992), and all rows where its logarithm is at least `sure` (Fast-dLLM's threshold, arXiv
+    2505.22618). The logarithm is a float32 difference, as on the host, so that both commit the same rows to the bit.
+    `candidate` [B, Q] is false where rows only pad; alive row x takes the token of candidate `slot[x]` if that one is committed
+    and `fresh[x]`.
     """
     with ops.scope("statistics"):
         score = ops.sub(ops.column(t["top_logits"], 0), t["logsumexp"])  # [B, Q]
@@ -28,6 +29,7 @@ def commit(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
         one, nothing = ops.fill(score, 1.0), ops.fill(score, 0.0)
         tied = ops.where(ops.both(earlier, ops.at_most(mine, other)), one, nothing)
         rank = ops.sum(ops.where(ops.exceeds(other, mine), one, tied), keep=False)  # [B, Q] those that come before
+        rank = ops.where(ops.at_most(t["sure"], score), ops.fill(score, -1.0), rank)
         committed = ops.both(t["candidate"], ops.exceeds(ops.unsqueeze(t["quota"], 1), rank))
     decided = ops.both(t["fresh"], ops.take_rows(committed, t["slot"]))
     return {"tokens_out": ops.where(decided, ops.take_rows(t["token"], t["slot"]), t["tokens"])}

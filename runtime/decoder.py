@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.errors import OverflowedError, StrategyError, UsageError
-from dllm_export.graphs import HeadGraph
+from dllm_export.errors import OverflowedError
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.clock import Clock
+from dllm_export.runtime.combinations import is_foreseen
 from dllm_export.runtime.head import DRAWN, MOVED, Candidates, Head
-from dllm_export.runtime.options import GenerationOptions, SettledOptions, flag
+from dllm_export.runtime.options import SettledOptions
 from dllm_export.runtime.request import Request
 from dllm_export.runtime.sampler import Proposal, propose, rank, share, temper
 from dllm_export.runtime.session import Buffer
 from dllm_export.runtime.transfers.contract import choose_rows, narrow_rows
-from dllm_export.runtime.transfers.quota import Quota
 from dllm_export.runtime.transfers.transfer import Transfer, TransferState, best_first
 
 OVERFLOW = (
     "the model's logits are not finite: activations overflow in this dtype; export with --dtype bfloat16 or float32"
 )
-
-DRAWING = ("head_drawn", "head_moved")
-"""Head graphs that draw tokens from the whole vocabulary."""
 
 UNIFORM = 2**23
 """Random numbers for drawing tokens are multiples of its reciprocal, so that none rounds to 1 in float32."""
@@ -192,7 +188,7 @@ class Decoder:
 
     @property
     def takes_best(self) -> bool:
-        """Whether every step commits its quota of the likeliest tokens and nothing else, as graph `commit` does too."""
+        """Whether every step commits the likeliest tokens and nothing else, as graph `commit` does too."""
         options, rule = self._options, self._transfer
         plain = options.temperature == 0 and options.remasking == "low_confidence" and not self._ranked_last
         return plain and rule.takes_best and not options.early_stop
@@ -466,106 +462,3 @@ def _check_finite(candidates: Candidates) -> Candidates:
     if not np.isfinite(candidates.logsumexp).all():
         raise OverflowedError(OVERFLOW)
     return candidates
-
-
-def is_foreseen(options: GenerationOptions, transfer: Transfer) -> bool:
-    """Whether what is drawn before a step runs settles which rows it decides."""
-    return transfer.reveals or (options.remasking == "random" and type(transfer) is Quota)
-
-
-def check_options(options: GenerationOptions, transfer: Transfer) -> None:
-    """Refuse options that this rule would ignore or break, and a rule that asks for what there is not."""
-    if transfer.head not in get_args(HeadGraph):
-        raise StrategyError(
-            f"the decoding rule '{transfer.name}' asks for the head {transfer.head!r}, expected one of: "
-            f"{', '.join(get_args(HeadGraph))}"
-        )
-    if options.steps is not None and not transfer.keeps_schedule:
-        raise UsageError(
-            f"--steps has no effect with --transfer {transfer.name}, which commits as many tokens in a step as it "
-            f"trusts: leave it out"
-        )
-    if options.remasking not in (None, "low_confidence") and not transfer.ranks:
-        raise UsageError(
-            f"--remasking {options.remasking} has no effect with --transfer {transfer.name}, which goes by its own formula: "
-            f"leave it out, or take --transfer quota"
-        )
-    if transfer.head in DRAWING and (options.top_k is not None or (options.top_p or 1.0) < 1):
-        raise UsageError(
-            f"--top-p and --top-k have no effect with --transfer {transfer.name}, which draws from the whole vocabulary: leave "
-            f"them out"
-        )
-    if transfer.continuous:
-        check_continuous(options, transfer)
-    if transfer.moves:
-        check_moving(options, transfer)
-    if options.confidence_eos_eot_inf and (transfer.draws or transfer.moves) and not transfer.ranks:
-        raise UsageError(
-            f"--confidence-eos-eot-inf has no effect with --transfer {transfer.name}, which decides rows whatever they "
-            f"propose: leave it out"
-        )
-    if options.confidence_eos_eot_inf and transfer.head == "head_credited":
-        raise UsageError(
-            f"--confidence-eos-eot-inf does not go with --transfer {transfer.name}: its credit belongs to the distribution "
-            f"with the end tokens, and there is none without them: leave it out"
-        )
-    if options.cfg_scale > 0 and transfer.verifies:
-        raise UsageError(
-            f"--cfg-scale does not go with --transfer {transfer.name}, which asks the conditional pass alone whether decided "
-            f"tokens still hold: leave it out"
-        )
-    if options.confidence_eos_eot_inf and transfer.tempered:
-        raise UsageError(
-            f"--confidence-eos-eot-inf does not go with --transfer {transfer.name}, which ranks the distribution that tokens "
-            f"are drawn from: leave it out"
-        )
-    if options.early_stop and transfer.remasks:
-        raise UsageError(
-            f"--early-stop does not go with --transfer {transfer.name}, which may mask an end of text again: leave it out"
-        )
-
-
-def check_moving(options: GenerationOptions, transfer: Transfer) -> None:
-    """Refuse options that mean nothing where no row is decided before the last step and noise is no mask."""
-    if options.temperature not in (None, 1.0):
-        raise UsageError(
-            f"--temperature is {options.temperature}, but --transfer {transfer.name} draws by ratios of probabilities as they "
-            f"are: leave it out"
-        )
-    if options.block_length not in (None, options.gen_length):
-        raise UsageError(
-            f"--block-length does not go with --transfer {transfer.name}: rows of later blocks would be noise that nobody can "
-            f"tell from text: leave it out"
-        )
-    if options.cfg_scale > 0:
-        raise UsageError(
-            f"--cfg-scale does not go with --transfer {transfer.name}: without a mask there is nothing to hide the prompt "
-            f"with: leave it out"
-        )
-    if options.early_stop:
-        raise UsageError(
-            f"--early-stop has no effect with --transfer {transfer.name}, which decides all rows in its last step: leave it out"
-        )
-
-
-def check_continuous(options: GenerationOptions, transfer: Transfer) -> None:
-    """Refuse options that say how tokens are chosen, where vectors are denoised."""
-    settings: Mapping[str, tuple[object, ...]] = {
-        "block_length": (None, options.gen_length),
-        "temperature": (None, 0.0),
-        "top_p": (None, 1.0),
-        "top_k": (None,),
-        "cfg_scale": (0.0,),
-        "remasking": (None, "low_confidence"),
-        "logits_eos_inf": (False,),
-        "confidence_eos_eot_inf": (False,),
-        "early_stop": (False,),
-    }
-    for name, allowed in settings.items():
-        if getattr(options, name) not in allowed:
-            raise UsageError(
-                f"{flag(name)} has no effect with --transfer {transfer.name}, which denoises vectors and takes the likeliest "
-                f"tokens at its end: leave it out"
-            )
-    if options.steps == 1:
-        raise UsageError(f"--steps is 1, expected at least 2 with --transfer {transfer.name}: times fall from 1 to 0")

@@ -20,11 +20,12 @@ from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.buffers import RequestShape
 from dllm_export.runtime.clock import Clock
+from dllm_export.runtime.combinations import check_attention, check_model, check_strategies
 from dllm_export.runtime.conditioning import Conditioner
-from dllm_export.runtime.decoder import Decoder, Question, check_options, is_foreseen
+from dllm_export.runtime.decoder import Decoder, Question
 from dllm_export.runtime.head import Head
-from dllm_export.runtime.options import GenerationOptions, SettledOptions
-from dllm_export.runtime.policies.contract import make_plan, suits
+from dllm_export.runtime.options import SettledOptions
+from dllm_export.runtime.policies.contract import make_plan
 from dllm_export.runtime.policies.policy import CachePolicy, Compaction, PrefixState, StepKind, StepPlan, StepState
 from dllm_export.runtime.prefix_store import PrefixStore
 from dllm_export.runtime.request import Prefix, Request
@@ -64,7 +65,7 @@ class Frame:
     seconds: float
     """Time of this step in all."""
     ahead: bool = False
-    """Whether the layers of the next step are queued behind this one already: their rows were decided on the device too."""
+    """Whether the layers of the next step, if there is one, are queued behind this one already: a device decided too."""
     drafts: NDArray[np.int32] | None = None
     """[B, R] The tokens with what undecided rows hold for now, in a model whose noise is other tokens."""
 
@@ -240,7 +241,7 @@ class Denoiser:
         plan = self._forward(step, block)
         hidden, shadow = self.workspace.conditional.hidden, self._run_shadow(plan, block)
         asked = self._strategize(lambda: self._decoder.ask(hidden, block, block_step, quota))
-        if asked is not None and self._looks_ahead and block_step < self.request.schedule.steps_per_block:
+        if asked is not None and self._looks_ahead and self._goes_on(asked, block):
             self._look_ahead(asked, block)
         committed = self._strategize(lambda: self._decoder.decide(asked, shadow))
         if self._queued is not None:
@@ -340,6 +341,17 @@ class Denoiser:
             and self._conditional.sharing is None
         )
 
+    def _goes_on(self, asked: Question, block: int) -> bool:
+        """Whether another step of the same block follows, as far as that is known before this one is decided.
+
+        Where the rule decides how many tokens a step commits there may be none. Layers that ran for nothing change no token
+        behind the last block, but they would in the caches of a block that follows.
+        """
+        schedule = self.request.schedule
+        if self.transfer.keeps_schedule:
+            return asked.block_step < schedule.steps_per_block
+        return block == schedule.blocks - 1 and max(map(len, asked.rows)) > 1
+
     def _look_ahead(self, asked: Question, block: int) -> None:
         """Queue the decision of a step, whose head is queued, and the layers of the next one."""
         trunk, passes, workspace = self.workspace.conditional, self._conditional, self.workspace
@@ -347,7 +359,7 @@ class Denoiser:
         columns = [self.request.shape.prompt_rows + rows for rows in asked.rows]
         statistics, tokens = workspace.head.outputs(asked.index.shape[1]), trunk.tokens(plan)
         commit = trunk.commit.prepare(
-            statistics, columns, asked.quota, self._decoder.canvas, trunk.columns(plan), tokens
+            statistics, columns, asked.quota, self.transfer.sure, self._decoder.canvas, trunk.columns(plan), tokens
         )
         self._clock.time(commit)
         seen = self._clock.time(lambda: workspace.session.fetch([tokens]))
@@ -428,65 +440,3 @@ class Denoiser:
         """Masks of response rows [B, R] with those of the rows that lead it, which are given."""
         lead = self.request.shape.lead
         return np.pad(rows, ((0, 0), (lead, 0))) if lead else rows
-
-
-def check_model(shape: ModelShape, transfer: Transfer) -> None:
-    """Refuse a model that generation does not know how to run, and a rule that shows it a noise level or fails to."""
-    if (shape.latent > 0) != transfer.continuous:
-        raise UsageError(
-            f"--transfer {transfer.name} decides tokens, and this model denoises vectors: take --transfer ancestral"
-            if shape.latent
-            else f"--transfer {transfer.name} denoises vectors, and this model has tokens alone: take another rule"
-        )
-    if shape.block and transfer.verifies:
-        raise UsageError(
-            f"--transfer {transfer.name} needs shadow rows, which are not made for a model that attends by blocks: take "
-            f"another rule"
-        )
-    if shape.shift and transfer.verifies:
-        raise UsageError(
-            f"--transfer {transfer.name} asks a token's own row whether the token still holds, and this model predicts a token "
-            f"from the row before it: take another rule"
-        )
-    if bool(shape.conditioning) == transfer.sees_noise and shape.uniform_noise == transfer.moves:
-        return
-    if shape.conditioning:
-        own = "sedd-uniform" if shape.uniform_noise else "sedd"
-        if transfer.sees_noise:
-            raise UsageError(
-                f"--transfer {transfer.name} is for the other kind of noise: this model's is "
-                f"{'any token' if shape.uniform_noise else 'a mask'}, take --transfer {own}"
-            )
-        raise UsageError(
-            f"this model sees the noise level of a step, which --transfer {transfer.name} does not have: take --transfer {own}"
-        )
-    raise UsageError(
-        f"--transfer {transfer.name} reads a model's ratios of probabilities at a noise level, and this model sees none: "
-        f"take another rule"
-    )
-
-
-def check_attention(shape: ModelShape, policy: CachePolicy) -> None:
-    """Refuse a cache policy that counts on another attention than the model's."""
-    if suits(policy, by_blocks=shape.block > 0):
-        return
-    if shape.block:
-        raise UsageError(
-            f"--policy {policy.name} counts on every row seeing all others, and this model attends by blocks: take --policy "
-            f"block, which is exact for it"
-        )
-    raise UsageError(
-        f"--policy {policy.name} is for models that attend by blocks, and in this one every row sees all others: take "
-        f"--policy dual"
-    )
-
-
-def check_strategies(options: GenerationOptions, policy: CachePolicy, transfer: Transfer) -> None:
-    """Refuse options, a cache policy and a decoding rule that do not go together."""
-    check_options(options, transfer)
-    if getattr(policy, "needs_upcoming", False) and not is_foreseen(options, transfer):
-        raise UsageError(
-            f"--policy {policy.name} must know which rows a step decides before the step runs, which takes --remasking "
-            f"random and --transfer quota, or --transfer ddpm, ddpm-cache, first-hitting or origin; these are "
-            f"{options.remasking or 'low_confidence'} and {transfer.name}"
-        )

@@ -12,8 +12,8 @@ import numpy as np
 
 from dllm_export.errors import UsageError
 from dllm_export.runtime.bundle import Bundle, open_bundle
-from dllm_export.runtime.decoder import DRAWING, check_options
-from dllm_export.runtime.generate import Denoiser, Frame, Workspace, check_model
+from dllm_export.runtime.combinations import DRAWING, check_model, check_options
+from dllm_export.runtime.generate import Denoiser, Frame, Workspace
 from dllm_export.runtime.latent import LatentDenoiser, check_policy
 from dllm_export.runtime.noise_schedule import open_schedule
 from dllm_export.runtime.options import GenerationOptions, SettledOptions

@@ -19,7 +19,7 @@ from dllm_export.exporter.recording import (
     save_recording,
 )
 from dllm_export.runtime.bundle import open_bundle
-from dllm_export.runtime.generate import check_strategies
+from dllm_export.runtime.combinations import check_strategies
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy

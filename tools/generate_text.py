@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from dllm_export import __version__
-from dllm_export.runtime.generate import Frame, check_strategies
+from dllm_export.runtime.combinations import check_strategies
+from dllm_export.runtime.generate import Frame
 from dllm_export.runtime.model import DiffusionLM, Generation
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import CachePolicy

@@ -57,7 +57,7 @@ class CudaBuffer:
         self.memory, self.dims, self._stream = memory, dims, stream
         self._type = np.dtype(type)
         self._size = int(np.prod(dims)) * self._type.itemsize
-        self._mirror: tuple[PinnedMemory, Event] | None = None
+        self._mirror: tuple[PinnedMemory, Event] | None = None  # with the end of the last copy to or from it
 
     @property
     def host(self) -> NDArray[Any]:
@@ -72,11 +72,11 @@ class CudaBuffer:
         return self._mirror
 
     def write(self, array: NDArray[Any]) -> None:
-        pinned, sent = self._mirrored()
-        sent.wait()  # the last upload may still read the mirror
+        pinned, copied = self._mirrored()
+        copied.wait()  # the last upload may still read the mirror, or a download that nobody waited for write it
         self.host[...] = array
         self._stream.upload(self.memory.address, pinned.address, self._size)
-        sent.record(self._stream)
+        copied.record(self._stream)
 
     def read(self) -> NDArray[Any]:
         self.download()
@@ -86,8 +86,9 @@ class CudaBuffer:
 
     def download(self) -> None:
         """Queue the copy to `host`."""
-        pinned, _ = self._mirrored()
+        pinned, copied = self._mirrored()
         self._stream.download(pinned.address, self.memory.address, self._size)
+        copied.record(self._stream)
 
 
 @dataclass(frozen=True, slots=True)

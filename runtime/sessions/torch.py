@@ -42,7 +42,8 @@ class TorchBuffer:
         self.whole = False
         """Whether it was last written with true everywhere."""
         self._staging: torch.Tensor | None = None
-        self._written: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
+        """The end of the last copy to or from the staging memory."""
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -54,24 +55,29 @@ class TorchBuffer:
         if not self.tensor.is_cuda:
             fill(self.tensor, array)
             return
-        if self._written is None:
-            self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._written.synchronize()  # the last upload may still be reading what this one overwrites
-        fill(self._pinned(), array)
-        self.tensor.copy_(self._pinned(), non_blocking=True)
-        self._written.record()
+        host, copied = self._pinned()
+        copied.synchronize()  # the last upload may still read what this one overwrites, or an unawaited download write there
+        fill(host, array)
+        self.tensor.copy_(host, non_blocking=True)
+        copied.record()
 
     def read(self) -> NDArray[Any]:
         return fetch_together([self])()[0]
 
     def download(self) -> torch.Tensor:
         """Where the values are on the host, once the device has done what it was told before."""
-        return self._pinned().copy_(self.tensor, non_blocking=True) if self.tensor.is_cuda else self.tensor.detach()
+        if not self.tensor.is_cuda:
+            return self.tensor.detach()
+        host, copied = self._pinned()
+        host.copy_(self.tensor, non_blocking=True)
+        copied.record()
+        return host
 
-    def _pinned(self) -> torch.Tensor:
-        if self._staging is None:
+    def _pinned(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        if self._staging is None or self._copied is None:
             self._staging = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
-        return self._staging
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return self._staging, self._copied
 
 
 def fill(host: torch.Tensor, array: NDArray[Any]) -> None:

@@ -18,10 +18,15 @@ class Threshold(Transfer):
 
     threshold: float = option(0.9, "tau: least confidence of a row that is committed")
     name: ClassVar[str] = "threshold"
+    takes_best: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
             raise UsageError(f"--threshold is {self.threshold}, expected a probability from 0 to 1")
+
+    @property
+    def sure(self) -> float:
+        return self.threshold
 
     def choose(self, state: TransferState) -> Choice:
         order = best_first(state.confidence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -93,7 +94,8 @@ class Transfer(Protocol):
     reveals: ClassVar[bool] = False
     """Whether `reveal` says before a step runs which candidates it commits; such a rule `draws`."""
     takes_best: ClassVar[bool] = False
-    """Whether a step commits its quota of the rows with the highest `ranking` and nothing else, so that graph `commit` can."""
+    """Whether a step commits the rows with the highest `ranking` and nothing else, so that graph `commit` can decide, too: as
+    many as the schedule says, one where the rule keeps none, and all that are `sure`."""
     idles: ClassVar[bool] = False
     """Whether a step that is known to commit nothing is left out, its forward pass too."""
 
@@ -113,6 +115,11 @@ class Transfer(Protocol):
     def draws(self) -> bool:
         """Whether the rule looks at `draw`."""
         return False
+
+    @property
+    def sure(self) -> float:
+        """Of a rule that `takes_best`: the least confidence that commits a row whatever its rank; above 1 none does."""
+        return math.inf
 
     @property
     def extra_steps(self) -> int:

@@ -90,6 +90,7 @@ def special_tensors(rng: np.random.Generator, shape: ModelShape, spec: GraphSpec
         "token": np.random.default_rng(6).integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),
         "candidate": np.arange(sizes["Q"]) < np.array([[sizes["Q"]], [sizes["Q"] - 1]]),
         "quota": np.arange(1.0, SIZES["B"] + 1),
+        "sure": np.array([0.5]),
         "forced": rng.random((SIZES["B"], alive)) < 0.15,
         "shown": rng.random((SIZES["B"], sizes["Q"])) < 0.7,
         "given": rng.integers(0, shape.vocab, (SIZES["B"], sizes["Q"])).astype(np.int32),

@@ -30,7 +30,8 @@ def commit_on_the_host(feeds: Feeds) -> Array:
     for b, candidate in enumerate(feeds["candidate"]):
         score = np.exp((feeds["top_logits"][b, :, 0] - feeds["logsumexp"][b]).astype(np.float64))
         places = candidate.nonzero()[0]
-        chosen = places[best_first(score[places])[: int(feeds["quota"][b])]]
+        chosen = places[best_first(score[places])[: int(feeds["quota"][b])]].tolist()
+        chosen += places[score[places] >= np.exp(np.float64(feeds["sure"][0]))].tolist()
         for x in range(tokens.shape[1]):
             if feeds["fresh"][b, x] and feeds["slot"][b, x] in chosen:
                 tokens[b, x] = feeds["token"][b, feeds["slot"][b, x]]
@@ -53,6 +54,7 @@ def commits(draw: st.DrawFn) -> Feeds:
         "logsumexp": top_logits[:, :, 0] + rng.integers(0, 3, (batch, count)).astype(np.float32) / 2,
         "candidate": np.arange(count) < filled,
         "quota": rng.integers(0, count + 2, batch).astype(np.float32),
+        "sure": np.array([draw(st.sampled_from([-9.0, -1.0, -0.5, 0.0, 1.0]))], np.float32),
     }
 
 
@@ -81,6 +83,7 @@ def test_near_ties_are_ordered_as_on_the_host(reading: str, run_graph: RunGraph)
         "top_logits": np.repeat(logits[:, :, None], SHAPE.vocab, axis=2),
         "logsumexp": total,
         "candidate": np.ones((1, count), np.bool_),
+        "sure": np.array([1.0], np.float32),
     }
     if reading == "float64":
         feeds |= {name: feeds[name].astype(np.float64) for name in ("top_logits", "logsumexp")}

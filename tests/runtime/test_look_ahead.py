@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from dllm_export.errors import MismatchError
 from dllm_export.graphs import TensorType
 from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.device_commit import least_logarithm
 from dllm_export.runtime.generate import Frame
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import POLICIES, CachePolicy, DllmCache, NoCache, SharedPrefix, StepState
 from dllm_export.runtime.session import Buffer, Fetch, GraphCall, Program, SessionOptions
 from dllm_export.runtime.sessions.torch import TorchBuffer, TorchSession
-from dllm_export.runtime.transfers import TRANSFERS, Threshold, Transfer
+from dllm_export.runtime.transfers import TRANSFERS, Factor, Threshold, Transfer
 
 EAGER = SessionOptions(provider="torch", threads=1)
 PROMPTS = [[3, 14, 15, 92, 65], [3, 5, 8]]
@@ -164,7 +165,8 @@ def test_infilled_texts_are_the_same(tiny_bundle: Bundle) -> None:
         (replace(OPTIONS, cfg_scale=1.5), None),
         (replace(OPTIONS, early_stop=True), None),
         (replace(OPTIONS, confidence_eos_eot_inf=True), None),
-        (OPTIONS, Threshold()),
+        (replace(OPTIONS, early_stop=True), Threshold()),
+        (OPTIONS, Factor()),
     ],
     ids=lambda value: "",
 )
@@ -208,8 +210,45 @@ def test_a_device_that_decides_otherwise_is_told_apart_and_the_next_session_work
         list(stream(lm, CACHED))
 
 
-def test_only_the_rule_that_takes_the_best_says_so() -> None:
-    assert [name for name, rule in TRANSFERS.items() if rule.takes_best] == ["quota"]
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("block", [8, 16])
+def test_a_threshold_is_decided_ahead_in_the_last_block(threshold: float, block: int, tiny_bundle: Bundle) -> None:
+    options, results = GenerationOptions(gen_length=16, block_length=block), []
+    for session in (TorchSession(tiny_bundle, EAGER), LateSession(tiny_bundle)):
+        with DiffusionLM(tiny_bundle, session) as lm:
+            for _ in range(2):
+                found = list(stream(lm, CACHED, options, Threshold(threshold=threshold)))
+            results.append(found)
+    assert_same(*results)
+    *before, last = [frame for frame in results[1] if frame.block == 16 // block - 1]
+    assert all(frame.ahead for frame in before), "and at the end unless one row was left"
+    assert last.ahead == (last.committed.sum(1).max() > 1)
+    assert not any(frame.ahead for frame in results[1] if frame.block < 16 // block - 1)
+
+
+def test_thresholds_of_the_test_decide_one_row_some_and_all(tiny_bundle: Bundle) -> None:
+    options = GenerationOptions(gen_length=16, block_length=16)
+    with DiffusionLM(tiny_bundle, TorchSession(tiny_bundle, EAGER)) as lm:
+        steps = [len(list(stream(lm, CACHED, options, Threshold(threshold=one)))) for one in (0.0, 0.4, 0.5, 0.9)]
+    assert steps[0] == 1
+    assert steps[0] < steps[1] < steps[2] < steps[3] == 16
+
+
+@given(st.floats(0, 1))
+def test_the_least_logarithm_is_where_the_comparison_of_the_host_turns(probability: float) -> None:
+    least = least_logarithm(probability)
+    assert np.exp(np.float64(least)) >= probability
+    if least > np.finfo(np.float32).min:  # else any finite number will do
+        below = np.nextafter(np.float32(least), np.float32(-np.inf))
+        assert np.exp(np.float64(below)) < probability
+
+
+def test_no_logarithm_is_least_above_one() -> None:
+    assert least_logarithm(np.inf) == np.finfo(np.float32).max
+
+
+def test_only_rules_that_take_the_best_say_so() -> None:
+    assert [name for name, rule in TRANSFERS.items() if rule.takes_best] == ["quota", "threshold"]
 
 
 @given(st.data())
