@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,6 +51,16 @@ def test_at_temperature_zero_the_best_token_is_proposed_with_its_probability() -
     probability = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
     assert proposal.tokens.tolist() == LOGITS.argmax(1).tolist()
     np.testing.assert_allclose(proposal.confidence, probability.max(1), rtol=1e-6)
+
+
+def test_confidence_ranks_as_a_float32_difference_does() -> None:
+    """Graph `commit` has no other: rows that it cannot tell apart are equal here too."""
+    one, ulp = np.float32(0.1), np.spacing(np.float32(0.1))
+    found = candidates(np.array([[one, 0.0], [one + ulp, 0.0]], np.float64))
+    found = replace(found, logsumexp=np.full((1, 2), 12.3, np.float32))
+    assert found.top_logits[0, 0, 0] != found.top_logits[0, 1, 0]
+    confidence = propose(found, 0, 2, temperature=0.0, rng=rng()).confidence
+    assert confidence[0] == confidence[1] == np.exp(np.float64(one - np.float32(12.3)))
 
 
 def test_rows_beyond_the_count_are_padding() -> None:
