@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dllm_export.errors import OverflowedError
 from dllm_export.graphs.families import SpecialTokens
-from dllm_export.runtime.clock import Clock
+from dllm_export.runtime.clock import EngineClock
 from dllm_export.runtime.combinations import is_foreseen
 from dllm_export.runtime.head import DRAWN, MOVED, Candidates, Head
 from dllm_export.runtime.options import SettledOptions
@@ -61,7 +61,7 @@ class Decoder:
         request: Request,
         options: SettledOptions,
         transfer: Transfer,
-        clock: Clock,
+        clock: EngineClock,
     ) -> None:
         self._head, self._special, self._request = head, special, request
         self._options, self._transfer, self._clock = options, transfer, clock
@@ -242,11 +242,11 @@ class Decoder:
         if asked is None:
             return committed
         span, block_step, temperature, decided = asked.span, asked.block_step, asked.temperature, asked.decided
-        candidates = _check_finite(self._clock.time(asked.candidates))
+        candidates = _check_finite(self._clock.wait(asked.candidates))
         verified = self._verify(shadow, span) if self._transfer.verifies else None
         last, ranked = self._ranked_last, candidates
         if last:
-            ranked = _check_finite(self._clock.time(self._candidates(asked.hidden, asked.index, self._banned | last)))
+            ranked = _check_finite(self._clock.wait(self._candidates(asked.hidden, asked.index, self._banned | last)))
         for sequence, places in enumerate(asked.rows):
             rng = self._rngs[sequence]
             tempered = self._temper(candidates, sequence, len(places), temperature)
@@ -362,8 +362,8 @@ class Decoder:
         for sequence, rows in enumerate(decided):
             index[sequence, : len(rows)] = rows - span[0]
             tokens[sequence, : len(rows)] = self.response[sequence, rows]
-        self._clock.time(self._head.prepare_given(shadow, index, tokens, self._banned))
-        probability = self._clock.time(lambda: self._head.read_given(index.shape[1]))
+        self._clock.run(self._head.prepare_given(shadow, index, tokens, self._banned))
+        probability = self._clock.wait(lambda: self._head.read_given(index.shape[1]))
         if not np.isfinite(probability).all():
             raise OverflowedError(OVERFLOW)
         return [row[: len(rows)].astype(np.float64) for row, rows in zip(probability, decided, strict=True)]
@@ -411,7 +411,7 @@ class Decoder:
         start, end = span
         block = np.ascontiguousarray(self._predictors[:, start:end])
         numbers = self._transfer.head_inputs(block_step)
-        self._clock.time(self._head.prepare_state(graph, hidden, block, self._banned, numbers))
+        self._clock.run(self._head.prepare_state(graph, hidden, block, self._banned, numbers))
         candidates = self._fetch(end - start, *(MOVED if graph == "head_tracked" else ()))
         places = np.zeros_like(index)
         for sequence, own in enumerate(rows):
@@ -423,7 +423,7 @@ class Decoder:
     ) -> Callable[[], Candidates]:
         """Candidates with a token of each that was drawn from the whole vocabulary: two random numbers a row."""
         uniform = self._draw_uniform(index, rows)
-        self._clock.time(self._head.prepare_drawn(hidden, index, self._banned, uniform, 1.0 / temperature))
+        self._clock.run(self._head.prepare_drawn(hidden, index, self._banned, uniform, 1.0 / temperature))
         return self._fetch(index.shape[1], *DRAWN)
 
     def _move_tokens(
@@ -434,7 +434,7 @@ class Decoder:
         for sequence, places in enumerate(rows):
             present[sequence, : len(places)] = self.response[sequence, places]
         moves = self._transfer.move_weights(block_step, self._request.schedule.steps_per_block, self._vocab)
-        self._clock.time(self._head.prepare_moved(hidden, index, present, self._banned, uniform, moves))
+        self._clock.run(self._head.prepare_moved(hidden, index, present, self._banned, uniform, moves))
         return self._fetch(index.shape[1], *DRAWN)
 
     def _draw_uniform(self, index: NDArray[np.int32], rows: list[NDArray[np.int64]]) -> NDArray[np.float32]:
@@ -444,11 +444,11 @@ class Decoder:
         return uniform
 
     def _candidates(self, hidden: Buffer, index: NDArray[np.int32], banned: frozenset[int]) -> Callable[[], Candidates]:
-        self._clock.time(self._head.prepare(hidden, index, banned))
+        self._clock.run(self._head.prepare(hidden, index, banned))
         return self._fetch(index.shape[1])
 
     def _fetch(self, count: int, *others: str) -> Callable[[], Candidates]:
-        return self._clock.time(lambda: self._head.fetch(count, *others))
+        return self._clock.wait(lambda: self._head.fetch(count, *others))
 
 
 def _moved(values: NDArray[np.float32] | None, sequence: int, count: int, *, first: bool) -> NDArray[np.float64] | None:

@@ -19,7 +19,7 @@ from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.runtime.blocks import number_blocks
 from dllm_export.runtime.buffers import RequestShape
-from dllm_export.runtime.clock import Clock
+from dllm_export.runtime.clock import Clock, EngineClock
 from dllm_export.runtime.combinations import check_attention, check_model, check_strategies
 from dllm_export.runtime.conditioning import Conditioner
 from dllm_export.runtime.decoder import Decoder, Question
@@ -59,7 +59,7 @@ class Frame:
     passes: int
     """Forward passes so far; guidance adds its own."""
     engine_seconds: float
-    """Time of this step that the host spends inside the provider, whatever the device does while the host does other work."""
+    """Time of this step's programs in the provider, on the device's clock where they are queued."""
     strategy_seconds: float
     """Time of this step that the cache policy took for its plan, and sampler and decoding rule for their decisions."""
     seconds: float
@@ -147,7 +147,7 @@ class Denoiser:
     _upcoming: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step will decide
     _inspected: NDArray[np.bool_] | None = field(init=False, default=None)  # [B, R] rows that this step looks at
     _residual: NDArray[np.bool_] = field(init=False)  # [B, R] rows that the guidance residual was computed for, led
-    _clock: Clock = field(init=False, default_factory=Clock)
+    _clock: EngineClock = field(init=False)
     _strategies: Clock = field(init=False, default_factory=Clock)
     _passes: int = field(init=False, default=0)
     _queued: Queued | None = field(init=False, default=None)
@@ -159,6 +159,7 @@ class Denoiser:
         check_model(self.shape, self.transfer)
         check_attention(self.shape, self.policy)
         request = self.request
+        self._clock = EngineClock(self.workspace.session.mark)
         self._decoder = Decoder(self.workspace.head, self.special, request, self.options, self.transfer, self._clock)
         self._residual = np.zeros((request.shape.batch, request.shape.led.response_rows), np.bool_)
         columns = np.arange(request.shape.length)
@@ -227,7 +228,7 @@ class Denoiser:
 
     def _step(self, step: int, block: int, block_step: int, quota: NDArray[np.int64]) -> Frame | None:
         """The frame of a step, or None where the rule commits nothing and so runs nothing."""
-        start, before, decided_before = time.perf_counter(), self._clock.seconds, self._strategies.seconds
+        start, decided_before = time.perf_counter(), self._strategies.seconds
         idles = self.transfer.idles
         if idles and not self._decoder.foresees and not quota.any():
             return None
@@ -237,7 +238,7 @@ class Denoiser:
             return None
         if self.shape.conditioning:
             level = self.transfer.noise_level(block_step, self.request.schedule.steps_per_block)
-            self._clock.time(self.workspace.conditioner.prepare(level))
+            self._clock.run(self.workspace.conditioner.prepare(level))
         plan = self._forward(step, block)
         hidden, shadow = self.workspace.conditional.hidden, self._run_shadow(plan, block)
         asked = self._strategize(lambda: self._decoder.ask(hidden, block, block_step, quota))
@@ -265,7 +266,7 @@ class Denoiser:
             confidence=self._decoder.confidence.copy(),
             recomputed=None if recomputed is None else recomputed[:, lead:],
             passes=self._passes,
-            engine_seconds=self._clock.seconds - before,
+            engine_seconds=self._clock.take(ahead=self._queued is not None),
             strategy_seconds=self._strategies.seconds - decided_before,
             seconds=time.perf_counter() - start,
         )
@@ -279,9 +280,9 @@ class Denoiser:
 
     def _strategize(self, work: Callable[[], T]) -> T:
         """Do a strategy's work and count its time, less that of the graphs that run in between."""
-        engines = self._clock.seconds
+        engines = self._clock.host.seconds
         result = self._strategies.time(work)
-        self._strategies.seconds -= self._clock.seconds - engines
+        self._strategies.seconds -= self._clock.host.seconds - engines
         return result
 
     # -- run
@@ -298,7 +299,7 @@ class Denoiser:
         if due or missing.any():
             _, other = self._run_trunk(self.workspace.unconditional, self._unconditional, self._blank(), block)
             hidden = self.workspace.conditional.hidden, self.workspace.unconditional.hidden
-            self._clock.time(self.workspace.head.prepare_guidance(*hidden))
+            self._clock.run(self.workspace.head.prepare_guidance(*hidden))
             self._residual = self._alive(plan) & self._alive(other)
         return plan
 
@@ -313,7 +314,7 @@ class Denoiser:
         length = self.request.schedule.block_length
         start = self.request.shape.prompt_rows + block * length
         shadow, trunk = self.workspace.shadow, self.workspace.conditional
-        self._clock.time(shadow.prepare(trunk, plan, (start, start + length), shown, self.special.mask))
+        self._clock.run(shadow.prepare(trunk, plan, (start, start + length), shown, self.special.mask))
         return shadow.hidden
 
     def _alive(self, plan: StepPlan) -> NDArray[np.bool_]:
@@ -361,14 +362,14 @@ class Denoiser:
         commit = trunk.commit.prepare(
             statistics, columns, asked.quota, self.transfer.sure, self._decoder.canvas, trunk.columns(plan), tokens
         )
-        self._clock.time(commit)
-        seen = self._clock.time(lambda: workspace.session.fetch([tokens]))
-        self._clock.time(trunk.prepare(plan, None))
+        self._clock.run(commit)
+        seen = self._clock.wait(lambda: workspace.session.fetch([tokens]))
+        self._clock.run(trunk.prepare(plan, None))
         self._queued = Queued(state, plan, seen)
 
     def _check(self, queued: Queued) -> None:
         """Refuse to go on where the device and the host decided otherwise by the same numbers."""
-        (found,) = self._clock.time(queued.canvas)
+        (found,) = self._clock.wait(queued.canvas)
         expected = np.take_along_axis(self._decoder.canvas, self.workspace.conditional.columns(queued.plan), axis=1)
         different = np.argwhere(found != expected)
         if len(different):
@@ -392,11 +393,11 @@ class Denoiser:
     ) -> tuple[StepState, StepPlan]:
         state, plan = self._advance(passes, block)
         if passes.sharing is not None and plan.join is not None:
-            self._clock.time(passes.sharing.load())
-        self._clock.time(trunk.prepare(plan, canvas))
+            self._clock.run(passes.sharing.load())
+        self._clock.run(trunk.prepare(plan, canvas))
         if passes.sharing is not None and plan.share is not None and (save := passes.sharing.save()):
-            self._clock.time(save)
-        passes.drift = self._clock.time(lambda: trunk.drift(plan)) if plan.measure_drift else None
+            self._clock.run(save)
+        passes.drift = self._clock.wait(lambda: trunk.drift(plan)) if plan.measure_drift else None
         self._passes += 1
         return state, plan
 

@@ -17,7 +17,7 @@ from dllm_export.errors import OverflowedError, UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.graphs.families import SpecialTokens
 from dllm_export.graphs.latents import LEVEL_WIDTH
-from dllm_export.runtime.clock import Clock
+from dllm_export.runtime.clock import EngineClock
 from dllm_export.runtime.decoder import OVERFLOW
 from dllm_export.runtime.generate import Frame
 from dllm_export.runtime.noise_schedule import NoiseSchedule
@@ -44,7 +44,7 @@ class LatentDenoiser:
         schedule: NoiseSchedule,
     ) -> None:
         self._shape, self._mask, self._rule, self._schedule = shape, special.mask, rule, schedule
-        self._steps, self._clock = request.schedule.steps, Clock()
+        self._steps, self._clock = request.schedule.steps, EngineClock(session.mark)
         batch, length = request.canvas.shape
         self._rngs = [np.random.default_rng(options.seed + row) for row in range(batch)]
         self._dims = (batch, length, shape.latent)
@@ -97,7 +97,7 @@ class LatentDenoiser:
         latent, steps = self._draw(), self._steps
         estimate, nothing = np.zeros(self._dims), np.zeros(self._dims[:2], np.bool_)
         for step in range(1, steps + 2):
-            start, before = time.perf_counter(), self._clock.seconds
+            start = time.perf_counter()
             moment = self._rule.time(step, steps)
             gamma, last = self._schedule.gamma(moment), step > steps
             estimate = self._look(latent, estimate, gamma)
@@ -120,7 +120,7 @@ class LatentDenoiser:
                 edited=nothing,
                 recomputed=~nothing,
                 passes=step,
-                engine_seconds=self._clock.seconds - before,
+                engine_seconds=self._clock.take(),
                 strategy_seconds=strategy,
                 seconds=time.perf_counter() - start,
                 drafts=tokens,
@@ -144,8 +144,8 @@ class LatentDenoiser:
         }
         for name, array in numbers.items():
             self._buffers[name].write(array.astype(np.float32))
-        self._clock.time(self._program)
-        found = self._clock.time(self._buffers["estimate_out"].read).astype(np.float64)
+        self._clock.run(self._program)
+        found = self._clock.wait(self._buffers["estimate_out"].read).astype(np.float64)
         if not np.isfinite(found).all():
             raise OverflowedError(OVERFLOW)
         return found

@@ -43,7 +43,7 @@ class Generation:
     steps_by_kind: dict[str, int]
     seconds: float
     engine_seconds: float
-    """Time inside the provider."""
+    """Time of programs in the provider, on the device's clock where they are queued."""
     strategy_seconds: float
     """Time that the cache policy took for its plans, and sampler and decoding rule for their decisions."""
 

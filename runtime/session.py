@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, get_args
@@ -46,6 +47,17 @@ class Mark(Protocol):
     def seconds_until(self, later: Any) -> float:
         """Time that the provider took from here to a later mark of the same session, which is waited for."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostMark:
+    """Now, on the host's clock: the mark of a provider whose programs run while they are called."""
+
+    at: float = field(default_factory=time.perf_counter)
+
+    def seconds_until(self, later: HostMark) -> float:
+        """Time from this mark to a later one."""
+        return later.at - self.at
 
 
 @dataclass(frozen=True, slots=True)

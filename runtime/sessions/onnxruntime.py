@@ -20,11 +20,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import GraphSpec, TensorType
 from dllm_export.runtime.bundle import Bundle
-from dllm_export.runtime.clock import HostMark
 from dllm_export.runtime.session import (
     Buffer,
     Fetch,
     GraphCall,
+    HostMark,
     Program,
     SessionOptions,
     SessionReport,

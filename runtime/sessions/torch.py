@@ -20,8 +20,7 @@ from dllm_export.graphs import DType, ModelShape, TensorType
 from dllm_export.graphs.torch_ops import CompiledTorchOps, TorchOps
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
-from dllm_export.runtime.clock import HostMark
-from dllm_export.runtime.session import Buffer, Fetch, GraphCall, Mark, Program, SessionOptions, SessionReport
+from dllm_export.runtime.session import Buffer, Fetch, GraphCall, HostMark, Mark, Program, SessionOptions, SessionReport
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,

@@ -145,6 +145,53 @@ def test_the_next_layers_are_queued_when_a_frame_is_given_and_not_run(tiny_bundl
     assert all((work > 0) == ahead for ahead, work in queued)
 
 
+class CountingSession(LateSession):
+    """A device whose clock ticks once for every program, whenever that runs."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.ticks = 0
+
+    def prepare(self, calls: Sequence[GraphCall]) -> Program:
+        program = super().prepare(calls)
+
+        def run() -> None:
+            program()
+            self.work.append(self.tick)
+
+        return run
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+    def mark(self) -> DeviceMark:
+        return DeviceMark(self)
+
+
+class DeviceMark:
+    """What the device's clock shows when the device comes to it."""
+
+    def __init__(self, device: CountingSession) -> None:
+        self._device, self._at = device, -1
+        device.work.append(self._pass)
+
+    def _pass(self) -> None:
+        self._at = self._device.ticks
+
+    def seconds_until(self, later: DeviceMark) -> float:
+        assert later._at >= 0, "a step asks for the time of programs that have not run yet"
+        return later._at - self._at
+
+
+@pytest.mark.parametrize("rule", [None, Threshold(threshold=0.5)])
+def test_a_step_has_the_time_of_its_own_programs(rule: Transfer | None, tiny_bundle: Bundle) -> None:
+    with DiffusionLM(tiny_bundle, CountingSession(tiny_bundle)) as lm:
+        frames = list(stream(lm, CACHED, rule=rule))
+    # Layers and head, and the decision where the next step's layers were queued behind it.
+    assert [frame.engine_seconds for frame in frames] == [2 + frame.ahead for frame in frames]
+    assert {frame.ahead for frame in frames} == {True, False}
+
+
 def test_infilled_texts_are_the_same(tiny_bundle: Bundle) -> None:
     mask = tiny_bundle.manifest.tokens.mask
     texts = [[1, mask, 5, mask, mask, 9, mask, 3], [mask, 4, 4, mask, 6]]

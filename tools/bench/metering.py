@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllm_export.graphs import TensorType
 from dllm_export.graphs.counting_ops import Product
-from dllm_export.runtime.clock import HostMark
-from dllm_export.runtime.session import Buffer, Fetch, GraphCall, Mark, Program, Session, SessionReport
+from dllm_export.runtime.session import Buffer, Fetch, GraphCall, HostMark, Program, Session, SessionReport
 from dllm_export.runtime.tensorrt.profiles import measure_sizes
 from dllm_export.tools.bench.roofline import TYPE_BYTES, Call, Model, Work
 
@@ -27,30 +26,19 @@ def describe_call(model: Model, call: GraphCall) -> Call:
     return Call(call.graph, call.layer, measure_sizes(model.specs[call.graph], dims))
 
 
-class Run(NamedTuple):
-    """A program that ran, or is queued: its work, and the provider's time before and after it."""
-
-    work: Work
-    start: Mark
-    end: Mark
-
-
 @dataclass(slots=True)
 class Meter:
     """The programs that ran since they were last taken; matrix products and graphs of all that ran."""
 
     model: Model
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Work] = field(default_factory=list)
     products: Counter[Product] = field(default_factory=Counter)
     graphs: set[str] = field(default_factory=set)
 
-    def take(self, *, ahead: bool = False) -> tuple[Work, float]:
-        """Work of the programs so far and the seconds that the provider took for them; with `ahead` the last one waits.
-
-        It is the next step's then, queued before this one ended.
-        """
+    def take(self, *, ahead: bool = False) -> Work:
+        """Work of the programs since it was last taken; with `ahead` the last one is the next step's, queued already."""
         taken, self.runs = (self.runs[:-1], self.runs[-1:]) if ahead else (self.runs, [])
-        return sum((run.work for run in taken), Work()), sum(run.start.seconds_until(run.end) for run in taken)
+        return sum(taken, Work())
 
 
 class MeteredSession:
@@ -68,9 +56,8 @@ class MeteredSession:
         work, products, program = meter.model.work(made), meter.model.count(made), self._session.prepare(calls)
 
         def run() -> None:
-            start = self.mark()
             program()
-            meter.runs.append(Run(work, start, self.mark()))
+            meter.runs.append(work)
             meter.products.update(products)
             meter.graphs.update(call.graph for call in made)
 

@@ -69,8 +69,8 @@ def session_steps(
     for frame in lm.stream(lm.continuation(request.prompts, options), options, named, request.rule):
         seconds = time.perf_counter() - start
         ranges.end()
-        work, inside = meter.take(ahead=frame.ahead)
-        yield Step(frame.kind, seconds, inside, frame.tokens.ravel().astype(np.int64), work)
+        work = meter.take(ahead=frame.ahead)
+        yield Step(frame.kind, seconds, frame.engine_seconds, frame.tokens.ravel().astype(np.int64), work)
         start = time.perf_counter()
 
 
