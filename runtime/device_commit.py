@@ -24,6 +24,8 @@ class DeviceCommit:
     def __init__(self, session: Session, buffers: Buffers) -> None:
         self._session, self._buffers = session, buffers
         self._programs: dict[tuple[int, int], Program] = {}
+        self._confidence: float | None = None
+        """What `sure` was uploaded for; the next request may have another rule."""
 
     def prepare(
         self,
@@ -54,7 +56,7 @@ class DeviceCommit:
             "fresh": self._upload("fresh", width, slot >= 0, "bool"),
             "candidate": self._upload("candidate", count, candidate, "bool"),
             "quota": self._upload("quota", batch, quota, "float32"),
-            "sure": self._sure(sure),
+            "sure": self._be_sure(sure),
         }
         key = (count, id(tokens))
         if key not in self._programs:
@@ -62,8 +64,12 @@ class DeviceCommit:
             self._programs[key] = self._session.prepare([GraphCall("commit", None, tensors)])
         return self._programs[key]
 
-    def _sure(self, confidence: float) -> Buffer:
-        return self._buffers.constant(f"commit.sure.{confidence}", np.array([least_logarithm(confidence)]), "float32")
+    def _be_sure(self, confidence: float) -> Buffer:
+        buffer = self._buffers.get("commit.sure", (1,), "float32")
+        if confidence != self._confidence:
+            buffer.write(np.array([least_logarithm(confidence)]))
+            self._confidence = confidence
+        return buffer
 
     def _upload(self, name: str, count: int, array: NDArray[np.generic], type: TensorType) -> Buffer:
         buffer = self._buffers.get(f"commit.{name}.{count}", array.shape, type)

@@ -273,6 +273,18 @@ def test_a_threshold_is_decided_ahead_in_the_last_block(threshold: float, block:
     assert not any(frame.ahead for frame in results[1] if frame.block < 16 // block - 1)
 
 
+def test_requests_of_one_shape_have_rules_of_their_own(tiny_bundle: Bundle) -> None:
+    """Buffers and programs of a request are the next one's, whatever that decides by."""
+    rules = [Threshold(threshold=0.4), None, Threshold(threshold=0.5), Threshold(threshold=0.4)]
+    options, results = GenerationOptions(gen_length=16, block_length=16), []
+    for session in (TorchSession(tiny_bundle, EAGER), LateSession(tiny_bundle)):
+        with DiffusionLM(tiny_bundle, session) as lm:
+            results.append([list(stream(lm, CACHED, options, rule)) for rule in rules])
+    for found, expected in zip(*results, strict=True):
+        assert_same(found, expected)
+    assert all(any(frame.ahead for frame in frames) for frames in results[1])
+
+
 def test_thresholds_of_the_test_decide_one_row_some_and_all(tiny_bundle: Bundle) -> None:
     options = GenerationOptions(gen_length=16, block_length=16)
     with DiffusionLM(tiny_bundle, TorchSession(tiny_bundle, EAGER)) as lm:
