@@ -32,6 +32,7 @@ GPU_BATCH = "docs/measurements/h100-batch4.json"
 GPU_TOKENS = "docs/measurements/h100-tokens4.json"
 GPU_SWEEP = "docs/measurements/sweep-h100.json"
 GPU_BATCH_SWEEP = "docs/measurements/sweep-batch-h100.json"
+GPU_H200 = "docs/measurements/h200.json"
 GPU_ANSWERS = "docs/measurements/h100-answers.json"
 
 
@@ -108,9 +109,9 @@ def frontier_table(file: str) -> str:
     return "\n".join(rows) + "\n"
 
 
-def gpu_report() -> BenchReport:
+def gpu_report(file: str = GPU) -> BenchReport:
     """Every provider in one run of tools/gpu_check."""
-    return msgspec.convert(json.loads((ROOT / GPU).read_text())["bench"], BenchReport)
+    return msgspec.convert(json.loads((ROOT / file).read_text())["bench"], BenchReport)
 
 
 def gpu_run(report: BenchReport, column: str, policy: str) -> Run:
@@ -193,6 +194,25 @@ def test_the_tables_of_a_gpu_equal_the_measurement() -> None:
     assert section("docs/measurements/README.md", "gpu-sweep") == gpu_sweep(GPU_SWEEP, "prompt")
     assert section("docs/measurements/README.md", "gpu-sweep-batch") == gpu_sweep(GPU_BATCH_SWEEP, "batch")
     assert section("docs/measurements/README.md", "gpu-answers") == gpu_answers()
+
+
+@pytest.mark.parametrize("file", [GPU, GPU_H200])
+def test_figures_beside_the_bars_are_those_of_the_files(file: str) -> None:
+    report, text = gpu_report(file), (ROOT / "docs/measurements/README.md").read_text()
+    best = gpu_run(report, "torch-compile-graph", "dllm-cache")
+    adaptive = best.kinds["partial"]
+    ratios = {
+        one.baseline: one for one in report.ratios if (one.column, one.policy) == ("torch-compile-graph", "dllm-cache")
+    }
+    published = ratios["four-feature"]
+    assert adaptive.limit_ms is not None
+    for figure in (
+        f"{best.tokens_per_second:.1f}",
+        f"{ratios['eager'].value:.2f}",
+        f"{published.value:.2f} ({published.low:.2f} to {published.high:.2f})",
+        f"{adaptive.times.p50_ms / adaptive.limit_ms:.2f} ({adaptive.times.p50_ms:.2f} ms)",
+    ):
+        assert figure in text
 
 
 def test_the_bars_that_the_best_provider_met_on_a_gpu_stay_in_the_measurement() -> None:

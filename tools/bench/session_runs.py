@@ -59,9 +59,8 @@ def session_steps(
     lm: DiffusionLM, meter: Meter, request: SessionRequest, policy: CachePolicy, ranges: Ranges
 ) -> Iterator[Step]:
     """The steps of a generation; whatever is done before the first step counts for that step."""
-    lm.session.mark().seconds_until(
-        lm.session.mark()
-    )  # a generation that was not run to its end may have left work queued
+    # A generation that was not run to its end may have left work queued: it is waited for.
+    lm.session.mark().seconds_until(lm.session.mark())
     start = time.perf_counter()
     meter.take()
     options = request.options
