@@ -231,9 +231,11 @@ class OnnxOps:
         return self._cast(self._range(size, count.name), TensorProto.INT32)
 
     # -- layout
-    def matmul(self, x: Value, weight: Value) -> Value:
+    def matmul(self, x: Value, weight: Value, *, apart: bool = False) -> Value:
         dims = (*broadcast(x.dims[:-2], weight.dims[:-2]), *x.dims[-2:-1], *weight.dims[-1:])
-        if len(x.dims) != 3 or len(weight.dims) != 2:
+        if apart or len(x.dims) != 3 or len(weight.dims) != 2:
+            # TensorRT 8.6 makes one product of all that take the same flattened rows, and for that writes their weights side by
+            # side at every call where those are inputs. A product of another form is left as it is.
             return self._node("MatMul", (x, weight), x.type, dims)
         # Rows flattened: one product of two matrices, where a three-dimensional operand asks for one a sequence.
         rows = self._reshape(x, (-1, int(x.dims[2])), ("rows", x.dims[2]))

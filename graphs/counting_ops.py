@@ -122,7 +122,7 @@ class CountingOps:
         return Outline((read_count(count),))
 
     # -- layout
-    def matmul(self, x: Outline, weight: Outline) -> Outline:
+    def matmul(self, x: Outline, weight: Outline, *, apart: bool = False) -> Outline:
         columns = weight.dims[-1]
         stored = len(weight.dims) == 2
         rows = prod(x.dims[:-1]) if stored else x.dims[-2]

@@ -42,9 +42,11 @@ def add_bias(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:
     return ops.add(x, weights[f"{name}_bias"]) if f"{name}_bias" in weights else x
 
 
-def project(ops: Ops[T], x: T, weights: Mapping[str, T], name: str) -> T:  # [B, N, in] -> [B, N, out]
-    """x times the matrix `name`, and its bias where it has one."""
-    return add_bias(ops, ops.matmul(x, weights[name]), weights, name)
+def project(
+    ops: Ops[T], x: T, weights: Mapping[str, T], name: str, *, apart: bool = False
+) -> T:  # [B, N, in] -> [B, N, out]
+    """x times the matrix `name`, and its bias where it has one; `apart` as of `Ops.matmul`."""
+    return add_bias(ops, ops.matmul(x, weights[name], apart=apart), weights, name)
 
 
 def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N, heads, d], cos/sin [B, N, r/2]
@@ -65,7 +67,7 @@ def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N,
 
 
 def project_value(ops: Ops[T], x: T, weights: Mapping[str, T]) -> T:  # normed [B, N, D] -> [B, N, G*d]
-    return project(ops, x, weights, "v")
+    return project(ops, x, weights, "v", apart=True)  # and not with "qk" of the same rows
 
 
 def project_query_key(

@@ -115,8 +115,11 @@ class Ops(Protocol[T]):
         ...
 
     # -- layout
-    def matmul(self, x: T, weight: T) -> T:
-        """[..., N, D] @ [D, M], or @ [..., D, M] where both have batches, which are broadcast."""
+    def matmul(self, x: T, weight: T, *, apart: bool = False) -> T:
+        """[..., N, D] @ [D, M], or @ [..., D, M] where both have batches, which are broadcast.
+
+        `apart` says that it is not to be joined with other products of the same x.
+        """
         ...
 
     def matmul_transposed(self, x: T, weight: T) -> T:

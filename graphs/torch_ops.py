@@ -141,7 +141,7 @@ class TorchOps:
     def count_up(self, count: Tensor | int, beside: Tensor) -> Tensor:
         return torch.arange(int(count), dtype=torch.int32, device=beside.device)
 
-    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, weight: Tensor, *, apart: bool = False) -> Tensor:
         return x @ weight
 
     def matmul_transposed(self, x: Tensor, weight: Tensor) -> Tensor:

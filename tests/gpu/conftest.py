@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-GRAPHS = "embed,layer_full,gather,head"
+GRAPHS = "embed,layer_full,gather,head,commit"
 """What a generation without a cache runs. TensorRT 8.6 takes seconds to start for each graph."""
 LONGEST, ROWS = 96, 32
 
