@@ -36,7 +36,7 @@ from dllm_export.runtime.tensorrt.profiles import Range
 if TYPE_CHECKING:
     import tensorrt as trt
 
-BUILD = 3
+BUILD = 4
 """Counts changes of the build that make other plans from the same graph."""
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_export.graphs import TOP_TOKENS
 from dllm_export.graphs.latents import LEVEL_WIDTH
 from dllm_export.graphs.steps import TIME_WIDTH
 from dllm_export.runtime.blocks import number_blocks
@@ -90,8 +89,7 @@ def draw_statistics(vocab: int) -> dict[str, NDArray[np.generic]]:
         "slot": np.tile(place % BUDGET, (BATCH, 1)),
         "fresh": np.tile(place < 2 * BUDGET, (BATCH, 1)),
         "token": rng.integers(0, vocab, (BATCH, BUDGET)).astype(np.int32),
-        "top_logits": -np.sort(rng.standard_normal((BATCH, BUDGET, min(TOP_TOKENS, vocab)))),
-        "logsumexp": rng.random((BATCH, BUDGET)) + np.log(vocab),
+        "nll": rng.random((BATCH, BUDGET)) * 2 * np.log(vocab),
         "candidate": np.arange(BUDGET) < np.array([[BUDGET], [BUDGET - 1]]),
         "quota": np.arange(1.0, BATCH + 1),
         "sure": np.array([-np.log(vocab)]),

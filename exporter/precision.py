@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dllm_export.errors import IncompatibleError
@@ -11,14 +12,22 @@ from dllm_export.runtime.tensorrt.library import TensorRt
 if TYPE_CHECKING:
     import tensorrt as trt
 
-PINNED_LAYERS = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION", "SLICE", "CONCATENATION")
+COMPUTING = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION", "SLICE", "CONCATENATION")
 """Kinds of layers that compute, and those that running sums pass through; casts, constants, shuffles and shapes are only
 hints to a weakly typed builder, and setting a precision on a cast conflicts with the cast itself."""
+COUNTING = ("MATRIX_MULTIPLY", "TOPK")
+"""Kinds that count rows to more than the 2048 that float16 can."""
 
-PINNED_SCOPES = ("norm", "drift", "statistics", "router", "routing")
-"""Islands whose sums leave the range of float16, or where rounding would send rows to other experts.
-Rotary embedding and score masks stay unpinned: in float16 they round as the keys and probabilities do that come out of
-them, and pinned they made a full layer a tenth slower on an H200."""
+PINNED: Mapping[str, tuple[str, ...]] = {
+    "norm": COMPUTING,
+    "drift": COMPUTING,
+    "statistics": (*COMPUTING, "SELECT"),  # the scores that graph `commit` ranks pass through one
+    "router": (*COMPUTING, *COUNTING),
+    "routing": (*COMPUTING, *COUNTING),
+}
+"""Scope -> kinds of layers, of islands whose sums leave the range of float16, or where rounding would send rows to other
+experts or commit others. Rotary embedding and score masks stay unpinned: in float16 they round as the keys and probabilities
+do that come out of them, and pinned they made a full layer a tenth slower on an H200."""
 
 
 def set_precision(
@@ -50,21 +59,15 @@ def check_dtype(library: TensorRt, dtype: DType) -> None:
         )
 
 
-COUNTING_SCOPES = ("router", "routing")
-COUNTING_LAYERS = ("MATRIX_MULTIPLY", "TOPK")
-"""Kinds that are pinned there as well: they count rows to more than the 2048 that float16 can."""
-
-
 def pin_float32(library: TensorRt, network: trt.INetworkDefinition) -> None:
     """Fix norm, drift, statistics, routers and softmax to float32 where the graph declares it; layers carry their nodes'
     names."""
     trt = library.module
-    kinds = {getattr(trt.LayerType, name) for name in PINNED_LAYERS}
-    counting = {getattr(trt.LayerType, name) for name in COUNTING_LAYERS}
+    pinned = {scope: {getattr(trt.LayerType, kind) for kind in kinds} for scope, kinds in PINNED.items()}
     for place in range(network.num_layers):
         layer = network.get_layer(place)
-        inside = layer.type == trt.LayerType.SOFTMAX or layer.name.startswith(PINNED_SCOPES)
-        counts = layer.name.startswith(COUNTING_SCOPES) and layer.type in counting
-        if (counts or (inside and layer.type in kinds)) and layer.get_output(0).dtype == trt.float32:
+        kinds = next((kinds for scope, kinds in pinned.items() if layer.name.startswith(scope)), set())
+        inside = layer.type == trt.LayerType.SOFTMAX or layer.type in kinds
+        if inside and layer.get_output(0).dtype == trt.float32:
             layer.precision = trt.float32
             layer.set_output_type(0, trt.float32)

@@ -413,6 +413,7 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
         TensorSpec("top_tokens", "int32", ("B", "Q", top)),
         TensorSpec("top_logits", "float32", ("B", "Q", top)),
         per_row("logsumexp"),
+        per_row("nll"),
     )
     drawn = (positions("drawn", "Q"), per_row("drawn_logit"))
     moved = GraphSpec(
@@ -556,7 +557,7 @@ def declare_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
                 positions("slot", "X"),
                 TensorSpec("fresh", "bool", ("B", "X")),
                 positions("token", "Q"),
-                *(statistic for statistic in statistics if statistic.name in ("top_logits", "logsumexp")),
+                per_row("nll"),
                 TensorSpec("candidate", "bool", ("B", "Q")),
                 TensorSpec("quota", "float32", ("B",)),
                 TensorSpec("sure", "float32", (1,)),

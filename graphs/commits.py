@@ -16,12 +16,12 @@ def commit(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[str, T]:
 
     Committed are of each sequence the `quota` rows whose likeliest token has the largest probability, the first of equal ones
     (LLaDA's sampling loop, arXiv 2502.09992), and all rows where its logarithm is at least `sure` (Fast-dLLM's threshold, arXiv
-    2505.22618). The logarithm is a float32 difference, as on the host, so that both commit the same rows to the bit.
+    2505.22618). The logarithm is -`nll` in float32, as on the host, so that both commit the same rows to the bit.
     `candidate` [B, Q] is false where rows only pad; alive row x takes the token of candidate `slot[x]` if that one is committed
     and `fresh[x]`.
     """
     with ops.scope("statistics"):
-        score = ops.sub(ops.column(t["top_logits"], 0), t["logsumexp"])  # [B, Q]
+        score = ops.scale(t["nll"], -1.0)  # [B, Q]
         score = ops.where(t["candidate"], score, ops.fill(score, LAST))
         place = ops.narrow(ops.positions(score), score)  # [Q]
         mine, other = ops.unsqueeze(score, 2), ops.unsqueeze(score, 1)

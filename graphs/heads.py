@@ -42,6 +42,8 @@ def head(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dic
     `index` names the candidates among the alive rows; `bias` [V] is added to the logits (-1e30 bans a token);
     `guidance` times `cfg_scale` is the guidance residual, 0 without guidance. Confidence, entropy (nats) and logsumexp are of
     the softmax at temperature 1; margin is the probability gap of the two best tokens, `probability` that of the `given` token.
+    `nll` is the negative log-likelihood of the likeliest token (nats), logsumexp less its logit; of nearly sure rows the
+    difference of those two has lost it.
     """
     product = _classify(ops, shape, t)
     with ops.scope("statistics"):
@@ -49,7 +51,7 @@ def head(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dic
         likeliest = _likeliest(ops, logits, top)
         statistics = _statistics(ops, shape, likeliest, _softmax(ops, shape, logits, likeliest.logit))
         given = _logit_of(ops, logits, t["given"])
-        return {**statistics, "probability": ops.exp(ops.sub(given, statistics["logsumexp"]))}
+        return {**statistics, "probability": _probability(ops, given, likeliest.logit, statistics["nll"])}
 
 
 def head_tracked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T], *, top: int) -> dict[str, T]:
@@ -179,19 +181,25 @@ def _softmax(ops: Ops[T], shape: ModelShape, logits: T, largest: T) -> Softmax[T
     return Softmax(shifted, weights, total, ops.log(total))
 
 
+def _probability(ops: Ops[T], logit: T, best: T, nll: T) -> T:
+    """Of a token with this logit, where the likeliest has the logit `best`."""
+    return ops.exp(ops.sub(ops.sub(logit, best), nll))
+
+
 def _statistics(ops: Ops[T], shape: ModelShape, likeliest: Likeliest[T], softmax: Softmax[T]) -> dict[str, T]:
     """The outputs that all heads share."""
     top_logits, top_tokens, best = likeliest.logits, likeliest.tokens, likeliest.logit
-    logsumexp = ops.add(best, softmax.log_total)
-    confidence = ops.exp(ops.sub(best, logsumexp))
-    second = ops.exp(ops.sub(ops.column(top_logits, 1), logsumexp))
+    nll = softmax.log_total
+    confidence = ops.exp(ops.scale(nll, -1.0))
+    second = _probability(ops, ops.column(top_logits, 1), best, nll)
     mean = ops.div(sum_row(ops, ops.mul(softmax.weights, softmax.shifted), shape.vocab), softmax.total)
     return {
         "token": ops.column(top_tokens, 0),
         "confidence": confidence,
         "margin": ops.sub(confidence, second),
-        "entropy": ops.sub(softmax.log_total, mean),
+        "entropy": ops.sub(nll, mean),
         "top_tokens": top_tokens,
         "top_logits": top_logits,
-        "logsumexp": logsumexp,
+        "logsumexp": ops.add(best, nll),
+        "nll": nll,
     }

@@ -257,7 +257,7 @@ class Decoder:
                 temperature=temperature,
                 rng=rng,
                 tempered=tempered,
-                ranking_logsumexp=ranked.logsumexp,
+                ranking_logsumexp=ranked.logsumexp if last else None,
                 ranked_last=last,
             )
             if not len(asked.read[sequence]):
@@ -291,7 +291,7 @@ class Decoder:
                 rival=rivals.confidence if rivals else None,
                 steps=self._request.schedule.steps_per_block,
                 draw=asked.draws[sequence] if asked.draws else None,
-                logsumexp=candidates.logsumexp[sequence, : len(places)].astype(np.float64),
+                logsumexp=candidates.logsumexp[sequence, : len(places)],
                 memory=self._memories[sequence],
             )
             committed[sequence, self._commit(sequence, state, proposal, rivals)] = True
@@ -459,6 +459,6 @@ def _moved(values: NDArray[np.float32] | None, sequence: int, count: int, *, fir
 
 
 def _check_finite(candidates: Candidates) -> Candidates:
-    if not np.isfinite(candidates.logsumexp).all():
+    if not np.isfinite(candidates.nll).all():
         raise OverflowedError(OVERFLOW)
     return candidates

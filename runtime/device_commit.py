@@ -39,7 +39,7 @@ class DeviceCommit:
     ) -> Program:
         """The program that fills `tokens` [B, X] with the canvas [B, S] at the `alive` columns [B, X], as this step leaves it.
 
-        `statistics` are the head's `token`, `top_logits` and `logsumexp` of the candidates; `rows` are the columns of each
+        `statistics` are the head's `token` and `nll` of the candidates; `rows` are the columns of each
         sequence's, of which its `quota` [B] are committed, and those with a confidence of at least `sure`.
         """
         batch, count = statistics["token"].dims

@@ -15,7 +15,7 @@ from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
 STATES: Mapping[HeadGraph, str] = {"head_tracked": "distribution", "head_credited": "credit"}
 """Graph -> the state that it takes and returns."""
 
-STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_logits", "logsumexp")
+STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_logits", "logsumexp", "nll")
 
 MOVED = ("divergence", "similarity")
 """What `head_tracked` gives beside the statistics."""
@@ -38,7 +38,7 @@ class Candidates:
 
     top_tokens: NDArray[np.int32]  # [B, Q, K]
     top_logits: NDArray[np.float32]  # [B, Q, K]
-    logsumexp: NDArray[np.float32]  # [B, Q]
+    nll: NDArray[np.float32]  # [B, Q] negative log-likelihood of the likeliest token, in nats
     entropy: NDArray[np.float32]  # [B, Q], in nats
     divergence: NDArray[np.float32] | None = None  # [B, Q] KL(p || p of the step before), in nats, of `head_tracked`
     similarity: NDArray[np.float32] | None = None  # [B, Q] cosine of the two
@@ -46,6 +46,11 @@ class Candidates:
         None  # [B, Q] a token drawn from the whole vocabulary, of `head_drawn` and `head_moved`
     )
     drawn_logit: NDArray[np.float32] | None = None  # [B, Q]
+
+    @property
+    def logsumexp(self) -> NDArray[np.float64]:  # [B, Q]
+        """Of all logits."""
+        return self.top_logits[:, :, 0].astype(np.float64) + self.nll
 
     def take(self, index: NDArray[np.int32]) -> Candidates:
         """The statistics of these places among the candidates [B, n]."""
@@ -221,13 +226,13 @@ class Head:
 
     def fetch(self, count: int, *others: str) -> Callable[[], Candidates]:
         """What waits for the statistics of the last run with this many candidate rows, and for the `others` of its graph."""
-        names = ("top_tokens", "top_logits", "logsumexp", "entropy", *others)
+        names = ("top_tokens", "top_logits", "nll", "entropy", *others)
         wait = self._session.fetch([self._output(name, count) for name in names])
         return lambda: Candidates(**dict(zip(names, wait(), strict=True)))
 
     def outputs(self, count: int) -> dict[str, Buffer]:
         """What graph `commit` looks at, by name, of the last run with this many candidate rows."""
-        return {name: self._output(name, count) for name in ("token", "top_logits", "logsumexp")}
+        return {name: self._output(name, count) for name in ("token", "nll")}
 
     def _output(self, name: str, count: int) -> Buffer:
         if (name, count) not in self._buffers:

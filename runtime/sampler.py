@@ -38,7 +38,7 @@ def temper(
     """
     logits = candidates.top_logits[sequence, :count].astype(np.float64)
     scaled = logits / temperature if temperature > 0 else logits
-    total = candidates.logsumexp[sequence, :count, None].astype(np.float64)
+    total = candidates.logsumexp[sequence, :count, None]
     if temperature not in (0.0, 1.0):
         total = np.logaddexp.reduce(scaled, axis=1, keepdims=True)
     kept = np.ones(scaled.shape, np.bool_)
@@ -60,7 +60,7 @@ def propose(
     temperature: float,
     rng: np.random.Generator,
     tempered: NDArray[np.float64] | None = None,
-    ranking_logsumexp: NDArray[np.float32] | None = None,
+    ranking_logsumexp: NDArray[np.float64] | None = None,
     ranked_last: frozenset[int] = frozenset(),
 ) -> Proposal:
     """Token choice and softmax confidence of the first `count` candidates of a sequence.
@@ -83,9 +83,12 @@ def propose(
     else:
         choice = np.zeros(count, np.int64)
         chosen, logit = tokens[:, 0], logits[:, 0]
-    total = (candidates.logsumexp if ranking_logsumexp is None else ranking_logsumexp)[sequence, :count]
-    # The difference in the head's own type, so that graph `commit` ranks by the same number.
-    confidence = np.exp((logit - total).astype(np.float64))
+    if ranking_logsumexp is None:
+        # In the head's own type, so that graph `commit` ranks by the same number: of the likeliest token it is -nll.
+        logarithm = (logit - logits[:, 0] - candidates.nll[sequence, :count]).astype(np.float64)
+    else:
+        logarithm = logit - ranking_logsumexp[sequence, :count]
+    confidence = np.exp(logarithm)
     if ranked_last:
         confidence[np.isin(chosen, list(ranked_last))] = 0.0
     return Proposal(chosen, confidence, choice)
@@ -96,7 +99,7 @@ def _propose_drawn(candidates: Candidates, sequence: int, count: int) -> Proposa
     assert candidates.drawn is not None
     assert candidates.drawn_logit is not None
     logits = candidates.drawn_logit[sequence, :count].astype(np.float64)
-    confidence = np.exp(logits - candidates.logsumexp[sequence, :count].astype(np.float64))
+    confidence = np.exp(logits - candidates.logsumexp[sequence, :count])
     return Proposal(candidates.drawn[sequence, :count], confidence, np.zeros(count, np.int64))
 
 
@@ -144,6 +147,6 @@ def _rank_tempered(remasking: Remasking, tempered: NDArray[np.float64], proposal
 
 def share(candidates: Candidates, sequence: int, count: int, place: int) -> NDArray[np.float64]:
     """Probability of the token at this place of the order, 0 the likeliest, of the first `count` candidates [n]."""
-    logits = candidates.top_logits[sequence, :count, place].astype(np.float64)
-    probability: NDArray[np.float64] = np.exp(logits - candidates.logsumexp[sequence, :count])
+    logits = candidates.top_logits[sequence, :count].astype(np.float64)
+    probability: NDArray[np.float64] = np.exp(logits[:, place] - logits[:, 0] - candidates.nll[sequence, :count])
     return probability

@@ -68,7 +68,23 @@ def test_the_head_returns_the_statistics_of_the_softmax(
     np.testing.assert_allclose(found["confidence"], best, rtol=0, atol=EXACT)
     np.testing.assert_allclose(found["margin"], best - second, rtol=0, atol=EXACT)
     np.testing.assert_allclose(found["entropy"], -(share * np.log(share)).sum(-1), rtol=0, atol=EXACT)
+    np.testing.assert_allclose(found["nll"], -np.log(best), rtol=0, atol=EXACT)
     np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(logits).sum(-1)), rtol=0, atol=EXACT)
+
+
+def test_rows_that_are_nearly_sure_are_told_apart(draw_feeds: DrawFeeds, run_graph: RunGraph) -> None:
+    """In float32, by `nll`; logsumexp of these logits is the same number in both rows."""
+    feeds, width = draw_feeds(PLAIN, "head"), PLAIN.hidden
+    feeds["hidden"] = np.tile(np.eye(feeds["hidden"].shape[1], width), (len(feeds["hidden"]), 1, 1))
+    feeds["index"] = np.tile(np.array([0, 1], np.int32), (len(feeds["index"]), 1))
+    feeds["norm"] = np.ones(width)
+    feeds["bias"], feeds["cfg_scale"] = np.zeros(PLAIN.vocab), np.zeros(1)
+    feeds["given"] = np.zeros_like(feeds["index"])
+    feeds["head"] = np.zeros((width, PLAIN.vocab))
+    feeds["head"][:2, :2] = np.array([[40.0, 25.0], [40.0, 26.0]]) / np.sqrt(width)  # the norm multiplies by the root
+    found = run_graph("onnxruntime", PLAIN, "head", feeds)
+    assert found["logsumexp"][0, 0] == found["logsumexp"][0, 1]
+    np.testing.assert_allclose(found["nll"][0], np.log1p(np.exp([-15.0, -14.0])), rtol=0.2)
 
 
 @pytest.mark.parametrize("reading", ["float64", "onnxruntime"])
@@ -109,7 +125,7 @@ def test_the_guidance_residual_gives_the_logits_of_classifier_free_guidance(
         np.testing.assert_allclose(found["logsumexp"], np.log(np.exp(conditional).sum(-1)), rtol=0, atol=EXACT)
 
 
-STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_logits", "logsumexp")
+STATISTICS = ("token", "confidence", "margin", "entropy", "top_tokens", "top_logits", "logsumexp", "nll")
 
 
 def biased_logits(shape: ModelShape, feeds: Feeds) -> Array:

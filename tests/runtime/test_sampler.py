@@ -21,7 +21,7 @@ def candidates(logits: NDArray[np.float64]) -> Candidates:
     total = np.log(np.exp(logits).sum(1))
     ordered = np.take_along_axis(logits, order, 1)
     entropy = total - (np.exp(logits - total[:, None]) * logits).sum(1)
-    arrays = (ordered[None], total[None], entropy[None])
+    arrays = (ordered[None], (total - ordered[:, 0])[None], entropy[None])
     return Candidates(order[None].astype(np.int32), *(array.astype(np.float32) for array in arrays))
 
 
@@ -53,14 +53,13 @@ def test_at_temperature_zero_the_best_token_is_proposed_with_its_probability() -
     np.testing.assert_allclose(proposal.confidence, probability.max(1), rtol=1e-6)
 
 
-def test_confidence_ranks_as_a_float32_difference_does() -> None:
-    """Graph `commit` has no other: rows that it cannot tell apart are equal here too."""
-    one, ulp = np.float32(0.1), np.spacing(np.float32(0.1))
-    found = candidates(np.array([[one, 0.0], [one + ulp, 0.0]], np.float64))
-    found = replace(found, logsumexp=np.full((1, 2), 12.3, np.float32))
-    assert found.top_logits[0, 0, 0] != found.top_logits[0, 1, 0]
-    confidence = propose(found, 0, 2, temperature=0.0, rng=rng()).confidence
-    assert confidence[0] == confidence[1] == np.exp(np.float64(one - np.float32(12.3)))
+def test_confidence_of_the_likeliest_token_ranks_as_its_nll_does() -> None:
+    """Graph `commit` has no other number: rows that it tells apart differ here too, whatever their logits are."""
+    found = candidates(np.array([[31.0, 0.0], [0.1, 0.0], [17.3, 0.0]], np.float64))
+    nll = np.array([[1e-7, np.nextafter(np.float32(1e-7), np.float32(1)), 0.0]], np.float32)
+    confidence = propose(replace(found, nll=nll), 0, 3, temperature=0.0, rng=rng()).confidence
+    assert confidence.tolist() == np.exp(-nll[0].astype(np.float64)).tolist()
+    assert confidence[2] > confidence[0] > confidence[1]
 
 
 def test_rows_beyond_the_count_are_padding() -> None:
@@ -107,7 +106,7 @@ def test_tokens_that_are_ranked_last_get_no_confidence_and_others_are_normalised
         6,
         temperature=0.0,
         rng=rng(),
-        ranking_logsumexp=np.log(rest)[None].astype(np.float32),
+        ranking_logsumexp=np.log(rest)[None],
         ranked_last=frozenset({last}),
     )
     assert proposal.tokens.tolist() == LOGITS.argmax(1).tolist(), "the option ranks, it does not forbid"
