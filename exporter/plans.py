@@ -91,7 +91,7 @@ def make_plan(
         profile = make_profile(builder, spec, ranges)
         if ranges:
             library.require(config.add_optimization_profile(profile), f"accept the size ranges of '{spec.name}'")
-    flags = set_precision(library, network, config, dtype) + set_compatible(library, config, compatible)
+    flags = set_precision(library, network, config, spec, dtype) + set_compatible(library, config, compatible)
     set_targets(library, config, targets)
     # The names keep alive what the library only points to.
     monitor = make_monitor(library.module, progress)

@@ -12,8 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from dllm_export.errors import UsageError
+from dllm_export.runtime.bundle import Bundle
+from dllm_export.runtime.model import DiffusionLM
+from dllm_export.runtime.options import GenerationOptions
+from dllm_export.runtime.policies import DllmCache, NoCache
 from dllm_export.tools import cli
-from dllm_export.tools.gpu_check import LLADA_8B, GpuCheckOptions, fixed_sizes
+from dllm_export.tools.bench.metering import MeteredSession, OutlineSession
+from dllm_export.tools.bench.roofline import Model
+from dllm_export.tools.gpu_check import GENERATION_GRAPHS, LLADA_8B, GpuCheckOptions, fixed_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--prompt", "40", "--response", "32", "--steps", "8"]
@@ -64,3 +70,14 @@ def test_wrong_options_are_refused_before_anything_runs(arguments: str, sentence
     result = CliRunner().invoke(cli.cli, ["gpu-check", *arguments.split()])
     assert isinstance(result.exception, UsageError) or result.exit_code == UsageError.exit_code
     assert sentence in f"{result.exception} {result.output}"
+
+
+def test_engines_are_built_for_what_the_compared_generations_run(tiny_bundle: Bundle) -> None:
+    manifest, cached = tiny_bundle.manifest, DllmCache(prompt_interval=10, response_interval=4)
+    session = MeteredSession(OutlineSession(manifest.dtype), Model(tiny_bundle.specs, manifest.shape, manifest.dtype))
+    with DiffusionLM(tiny_bundle, session) as lm:
+        for policy, scale in ((NoCache(), 0.0), (cached, 0.0), (cached, 0.5)):
+            options = GenerationOptions(gen_length=64, cfg_scale=scale)
+            for _ in lm.stream(lm.continuation([[1, 2, 3]], options), options, policy):
+                pass
+    assert session.meter.graphs | {"commit"} == set(GENERATION_GRAPHS.split(",")), "the device decides by commit"
