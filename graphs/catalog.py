@@ -6,49 +6,20 @@ K head candidates; numbers are sizes fixed by the model. Outputs end in `_out` w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from dllm_export.graphs import commits, heads, latents, picking, shadows, steps
+from dllm_export.graphs import commits, heads, picking, shadows, steps
 from dllm_export.graphs.compaction import layer_compact
+from dllm_export.graphs.latent_catalog import declare_latent_graphs
 from dllm_export.graphs.shape import ModelShape
-
-TensorType = Literal["compute", "float32", "int32", "int64", "bool"]
-"""`compute` is the export's dtype (float32, float16 or bfloat16)."""
-
-GraphFunction = Callable[..., dict[str, Any]]
+from dllm_export.graphs.spec import GraphFunction, GraphSpec, TensorSpec
+from dllm_export.graphs.weights import head_weights, layer_weights, mlp_weights
 
 TOP_TOKENS = 64
 """Candidates that the head returns for sampling; a model with fewer tokens returns all (docs/decisions.md)."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One named tensor of a graph."""
-
-    name: str
-    type: TensorType
-    dims: tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSpec:
-    """The signature of one graph. `weights` are bound once, `inputs` and `outputs` at every run."""
-
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    weights: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    function: GraphFunction
-    """`function(ops, shape, tensors) -> outputs by name`."""
-    stages: tuple[GraphSpec, ...] = ()
-    """The same graph as two, one after the other: an output `x_out` of the first is the input `x` of the second."""
-
-    def tensor(self, name: str) -> TensorSpec:
-        """The input, weight or output of this name."""
-        return next(spec for spec in (*self.inputs, *self.weights, *self.outputs) if spec.name == name)
 
 
 HeadGraph = Literal["head", "head_tracked", "head_credited", "head_drawn", "head_moved"]
@@ -66,77 +37,6 @@ MLP_GRAPHS = (*LAYER_GRAPHS, "layer_indicated", "layer_shadow")
 
 DENSE = "_dense"
 """What the graphs of layers with a plain MLP end in, in a model whose other layers have experts."""
-
-COUNTED = ("router", "router_bias", "latents")
-"""Weights in float32 whatever the compute type is: scores of two experts may differ by less than it can tell, and a sampler in
-float64 goes by the vectors."""
-
-
-def layer_weights(shape: ModelShape, layer: int = -1) -> tuple[TensorSpec, ...]:
-    """Weights of one layer as stored, the last where none is named: [in, out], query|key fused, gate|up fused, value apart.
-
-    Experts are [E, out, in], as a checkpoint has them (docs/decisions.md).
-    """
-    d, kv, both = shape.hidden, shape.key_width, shape.query_width + shape.key_width
-    mlp = mlp_weights(shape, with_experts=shape.has_experts(layer % shape.layers))
-    up, width = mlp[0].name, mlp[0].dims[-1]
-    biases = {
-        **({"qk": both, "v": kv} if shape.qkv_bias else {}),
-        **({"norm1": d, "norm2": d} if shape.norm == "layer" and not shape.conditioning else {}),
-        **({up: int(width), "down": d} if shape.mlp_bias else {}),
-    }
-    modulation = {f"{name}_modulation": 2 * d for name in ("norm1", "norm2")} | {"gate1": d, "gate2": d}
-    if not shape.conditioning:
-        modulation = {}
-    sizes: dict[str, tuple[int, ...]] = {
-        "norm1": (d,),
-        "qk": (d, both),
-        "v": (d, kv),
-        "out": (shape.query_width, d),
-        "norm2": (d,),
-        **{weight.name: tuple(map(int, weight.dims)) for weight in mlp},
-        **{name: (shape.conditioning, size) for name, size in modulation.items()},
-        **{f"{name}_bias": (size,) for name, size in (biases | modulation).items()},
-        **({"q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,)} if shape.qk_norm else {}),
-    }
-    return tuple(TensorSpec(name, "float32" if name in COUNTED else "compute", dims) for name, dims in sizes.items())
-
-
-def head_weights(shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Weights of the last norm, and those of the head."""
-    norm = [TensorSpec("norm", "compute", (shape.hidden,))]
-    if shape.norm == "layer" and not shape.conditioning:
-        norm.append(TensorSpec("norm_bias", "compute", (shape.hidden,)))
-    if shape.conditioning:
-        norm.append(TensorSpec("norm_modulation", "compute", (shape.conditioning, 2 * shape.hidden)))
-        norm.append(TensorSpec("norm_modulation_bias", "compute", (2 * shape.hidden,)))
-    head = [
-        TensorSpec("embedding", "compute", (shape.vocab, shape.hidden))
-        if shape.tied_head
-        else TensorSpec("head", "compute", (shape.hidden, shape.vocab))
-    ]
-    if shape.head_bias:
-        head.append(TensorSpec("head_bias", "compute", (shape.vocab,)))
-    return tuple(norm), tuple(head)
-
-
-def mlp_weights(shape: ModelShape, *, with_experts: bool) -> tuple[TensorSpec, ...]:
-    """Those of a layer's MLP, biases aside: the first makes the inner row. Rows of an expert's gate and up take turns."""
-    d, experts = shape.hidden, shape.experts
-    if experts is None or not with_experts:
-        up, width = ("gate_up", 2 * shape.mlp) if shape.mlp_kind == "swiglu" else ("up", shape.mlp)
-        return TensorSpec(up, "compute", (d, width)), TensorSpec("down", "compute", (shape.mlp, d))
-    weights = [
-        TensorSpec("router", "float32", (d, experts.count)),
-        TensorSpec("expert_gate_up", "compute", (experts.count, 2 * experts.mlp, d)),
-        TensorSpec("expert_down", "compute", (experts.count, d, experts.mlp)),
-    ]
-    if experts.bias:
-        weights.append(TensorSpec("router_bias", "float32", (experts.count,)))
-    if experts.shared:
-        weights.append(TensorSpec("shared_gate_up", "compute", (d, 2 * experts.shared)))
-        weights.append(TensorSpec("shared_down", "compute", (experts.shared, d)))
-    return tuple(weights)
 
 
 def has_experts(spec: GraphSpec) -> bool:
@@ -190,47 +90,6 @@ def replace_experts(shape: ModelShape, spec: GraphSpec) -> GraphSpec:
         name=f"{graph}{DENSE}{dot}{stage}",
         weights=weights if weights == spec.weights else (*weights, *plain),
         stages=tuple(replace_experts(shape, part) for part in spec.stages),
-    )
-
-
-def declare_latent_graphs(shape: ModelShape) -> tuple[GraphSpec, ...]:
-    """A step of a continuous model: every row of it changes every time, so that there is one way to compute a layer."""
-    d, w, half = shape.hidden, shape.latent, shape.rotary_width // 2
-
-    hidden, table = TensorSpec("hidden", "compute", ("B", "S", d)), TensorSpec("latents", "float32", (shape.vocab, w))
-    hidden_out = replace(hidden, name="hidden_out")
-    rotary = tuple(TensorSpec(name, "float32", ("B", "S", half)) for name in ("cos", "sin"))
-    vectors = tuple(TensorSpec(name, "float32", ("B", "S", w)) for name in ("latent", "estimate", "estimate_out"))
-    cached = tuple(TensorSpec(name, "compute", ("B", "S", shape.key_width)) for name in ("key_out", "value_out"))
-    return (
-        GraphSpec(
-            "embed_latent",
-            (
-                *vectors[:2],
-                TensorSpec("level", "float32", ("B", latents.LEVEL_WIDTH)),
-                TensorSpec("latent_scale", "float32", (1,)),
-            ),
-            tuple(
-                TensorSpec(name, "compute", (width, d))
-                for name, width in (("latent_in", w), ("estimate_in", w), ("level_in", latents.LEVEL_WIDTH))
-            ),
-            (hidden_out,),
-            latents.embed_latent,
-        ),
-        GraphSpec(
-            "layer_full",
-            (hidden, *rotary, TensorSpec("mask", "bool", ("B", "S"))),
-            layer_weights(shape),
-            (hidden_out, *cached, replace(hidden, name="delta_out")),
-            steps.layer_full,
-        ),
-        GraphSpec(
-            "head_latent",
-            (hidden, vectors[0], TensorSpec("pull", "float32", (1,))),
-            (*(weight for weights in head_weights(shape) for weight in weights), table),
-            (vectors[2], TensorSpec("token", "int32", ("B", "S")), TensorSpec("confidence", "float32", ("B", "S"))),
-            latents.head_latent,
-        ),
     )
 
 

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 
-from dllm_export.graphs.catalog import GraphSpec
 from dllm_export.graphs.shape import Experts, ModelShape
+from dllm_export.graphs.spec import GraphSpec
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -191,7 +191,8 @@ class Decoder:
         """Whether every step commits the likeliest tokens and nothing else, as graph `commit` does too."""
         options, rule = self._options, self._transfer
         plain = options.temperature == 0 and options.remasking == "low_confidence" and not self._ranked_last
-        return plain and rule.takes_best and not options.early_stop
+        best = rule.takes_best and "takes_best" in vars(type(rule))  # what a class says of itself is not inherited
+        return plain and best and not options.early_stop
 
     def ask(self, hidden: Buffer, block: int, block_step: int, quota: NDArray[np.int64]) -> Question | None:
         """Queue the head on what the rule chooses among; None where there is nothing to choose, nor to replace."""

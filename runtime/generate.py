@@ -26,7 +26,15 @@ from dllm_export.runtime.decoder import Decoder, Question
 from dllm_export.runtime.head import Head
 from dllm_export.runtime.options import SettledOptions
 from dllm_export.runtime.policies.contract import make_plan
-from dllm_export.runtime.policies.policy import CachePolicy, Compaction, PrefixState, StepKind, StepPlan, StepState
+from dllm_export.runtime.policies.policy import (
+    CachePolicy,
+    Compaction,
+    PrefixState,
+    StepKind,
+    StepPlan,
+    StepState,
+    is_foreseeable,
+)
 from dllm_export.runtime.prefix_store import PrefixStore
 from dllm_export.runtime.request import Prefix, Request
 from dllm_export.runtime.rope import rotary_tables
@@ -337,7 +345,7 @@ class Denoiser:
         return (
             self.workspace.session.queues
             and self._decoder.takes_best
-            and getattr(self.policy, "foreseeable", False)
+            and is_foreseeable(self.policy)
             and not (self._guided or self.watch or self.shape.block or self.shape.conditioning)
             and self._conditional.sharing is None
         )

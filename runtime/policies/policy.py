@@ -293,7 +293,7 @@ class CachePolicy(Protocol):
     """A named, frozen set of parameters with one pure method.
 
     One whose plans are the same whatever rows are decided, because they go by the numbers of the step and the block, has a
-    class variable `foreseeable = True`: its steps can be queued before the step before them is decided.
+    class variable `foreseeable = True` of its own: its steps can be queued before the step before them is decided.
     """
 
     name: ClassVar[str]
@@ -302,3 +302,11 @@ class CachePolicy(Protocol):
     def plan(self, state: StepState) -> StepPlan:
         """The plan of a step; the same state always gives the same plan."""
         ...
+
+
+def is_foreseeable(policy: CachePolicy) -> bool:
+    """Whether the policy's own class says that its plans are the same whatever rows are decided.
+
+    What a class says of itself is not inherited: one derived from it may plan by what is decided.
+    """
+    return "foreseeable" in vars(type(policy)) and bool(getattr(policy, "foreseeable", False))

@@ -8,7 +8,7 @@ from typing import ClassVar
 from dllm_export.errors import UsageError
 from dllm_export.runtime.options import option
 from dllm_export.runtime.policies.none import NoCache
-from dllm_export.runtime.policies.policy import Attention, CachePolicy, Rows, StepPlan, StepState
+from dllm_export.runtime.policies.policy import Attention, CachePolicy, Rows, StepPlan, StepState, is_foreseeable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class SharedPrefix:
     @property
     def foreseeable(self) -> bool:
         """Whether the base's plans are the same whatever rows are decided."""
-        return bool(getattr(self.base, "foreseeable", False))
+        return is_foreseeable(self.base)
 
     def plan(self, state: StepState) -> StepPlan:
         prefix = state.prefix

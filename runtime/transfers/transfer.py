@@ -95,7 +95,7 @@ class Transfer(Protocol):
     """Whether `reveal` says before a step runs which candidates it commits; such a rule `draws`."""
     takes_best: ClassVar[bool] = False
     """Whether a step commits the rows with the highest `ranking` and nothing else, so that graph `commit` can decide, too: as
-    many as the schedule says, one where the rule keeps none, and all that are `sure`."""
+    many as the schedule says, one where the rule keeps none, and all that are `sure`. Not inherited by derived rules."""
     idles: ClassVar[bool] = False
     """Whether a step that is known to commit nothing is left out, its forward pass too."""
 

@@ -25,7 +25,7 @@ from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import POLICIES, CachePolicy, DllmCache, NoCache, SharedPrefix, StepState
 from dllm_export.runtime.session import Buffer, Fetch, GraphCall, Program, SessionOptions
 from dllm_export.runtime.sessions.torch import TorchBuffer, TorchSession
-from dllm_export.runtime.transfers import TRANSFERS, Factor, Threshold, Transfer
+from dllm_export.runtime.transfers import TRANSFERS, Factor, Quota, Threshold, Transfer
 
 EAGER = SessionOptions(provider="torch", threads=1)
 PROMPTS = [[3, 14, 15, 92, 65], [3, 5, 8]]
@@ -308,6 +308,20 @@ def test_no_logarithm_is_least_above_one() -> None:
 
 def test_only_rules_that_take_the_best_say_so() -> None:
     assert [name for name, rule in TRANSFERS.items() if rule.takes_best] == ["quota", "threshold"]
+
+
+class OwnPolicy(DllmCache):
+    """May plan by what is decided."""
+
+
+class OwnRule(Quota):
+    """May choose otherwise."""
+
+
+@pytest.mark.parametrize(("policy", "rule"), [(OwnPolicy(), Quota()), (NoCache(), OwnRule())])
+def test_what_a_class_says_of_itself_is_not_inherited(policy: CachePolicy, rule: Transfer, tiny_bundle: Bundle) -> None:
+    with DiffusionLM(tiny_bundle, LateSession(tiny_bundle)) as lm:
+        assert not any(frame.ahead for frame in stream(lm, policy, OPTIONS, rule))
 
 
 @given(st.data())

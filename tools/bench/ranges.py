@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from dllm_export.errors import IncompatibleError
 from dllm_export.runtime.policies import CachePolicy
-from dllm_export.runtime.policies.policy import StepPlan, StepState
+from dllm_export.runtime.policies.policy import StepPlan, StepState, is_foreseeable
 
 
 class Ranges(Protocol):
@@ -56,8 +56,12 @@ class NamedSteps:
     def __init__(self, policy: CachePolicy, ranges: Ranges) -> None:
         self.name = policy.name
         self.needs_upcoming = getattr(policy, "needs_upcoming", False)
-        self.foreseeable = getattr(policy, "foreseeable", False)
         self._policy, self._ranges = policy, ranges
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether the policy is."""
+        return is_foreseeable(self._policy)
 
     def plan(self, state: StepState) -> StepPlan:
         plan = self._policy.plan(state)
