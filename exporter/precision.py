@@ -34,7 +34,7 @@ def set_precision(
     softmax, drift) in float16, where the square of 256 overflows without an inf in sight.
     """
     check_dtype(library, dtype)
-    dtype = widest_type(spec, dtype)
+    dtype = engine_type(spec, dtype)
     flags = library.module.BuilderFlag
     if dtype == "float32" and hasattr(flags, "TF32"):
         config.clear_flag(flags.TF32)
@@ -47,8 +47,8 @@ def set_precision(
     return names
 
 
-def widest_type(spec: GraphSpec, dtype: DType) -> DType:
-    """float32 for a graph with nothing in the compute type: `commit` must order numbers as the host does, to the last bit."""
+def engine_type(spec: GraphSpec, dtype: DType) -> DType:
+    """float32 where nothing is in the compute type: `commit` must order numbers as the host does, to the last bit."""
     tensors = (*spec.inputs, *spec.weights, *spec.outputs)
     return dtype if any(tensor.type == "compute" for tensor in tensors) else "float32"
 

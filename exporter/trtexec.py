@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.exporter.build_options import BuildOptions, choose_graphs
 from dllm_export.exporter.build_target import check_length, check_switches
-from dllm_export.exporter.precision import check_dtype, widest_type
+from dllm_export.exporter.precision import check_dtype, engine_type
 from dllm_export.exporter.ranges import check_fixed_sizes, input_ranges, make_profiles
 from dllm_export.graphs import DType, GraphSpec, engine_specs, graph_specs
 from dllm_export.runtime.manifest import Compatible, Manifest
@@ -103,7 +103,7 @@ def write_command(
 ) -> str:
     """The line that builds one graph into a plan in the working directory, as a shell takes it."""
     words = [tool.name, f"--onnx={onnx}", f"--saveEngine={spec.name}.plan", "--skipInference"]
-    words += [*_types(tool, widest_type(spec, dtype)), *switches]
+    words += [*_types(tool, engine_type(spec, dtype)), *switches]
     if tool.name == "tensorrt_rtx":
         named = ",".join(target.replace(".", "") for target in tool.targets)
         words.append(f"--computeCapabilities={named}" if named else "--useGpu")

@@ -264,7 +264,7 @@ def test_the_bars_that_the_best_provider_met_on_a_gpu_stay_in_the_measurement() 
 
 
 def test_tokens_a_second_keep_up_with_the_tokens_that_a_threshold_commits_in_a_pass() -> None:
-    """Both generations whole, on one GPU within two minutes."""
+    """Both generations whole, one after the other on one GPU."""
     one, many = (
         gpu_run(msgspec.json.decode((ROOT / file).read_bytes(), type=BenchReport), "torch-compile-graph", "dllm-cache")
         for file in (GPU_WHOLE, GPU_THRESHOLD)

@@ -6,7 +6,7 @@ import pytest
 
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.plans import make_builder, parse_graph
-from dllm_export.exporter.precision import find_islands, widest_type
+from dllm_export.exporter.precision import engine_type, find_islands
 from dllm_export.graphs import graph_specs
 from dllm_export.runtime.tensorrt.library import load_tensorrt
 from dllm_export.tools.gpu_check import TINY
@@ -34,5 +34,5 @@ def test_islands_are_found_in_the_network(graph: str) -> None:
 
 
 def test_only_the_graph_without_a_compute_type_is_built_in_float32() -> None:
-    wide = {name for name, spec in graph_specs(TINY).items() if widest_type(spec, "float16") == "float32"}
+    wide = {name for name, spec in graph_specs(TINY).items() if engine_type(spec, "float16") == "float32"}
     assert wide == {"commit"}

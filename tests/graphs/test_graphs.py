@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.exporter.options import ExportType
-from dllm_export.graphs import TOP_TOKENS, Experts, ModelShape, graph_specs
+from dllm_export.graphs import LAYER_GRAPHS, TOP_TOKENS, Experts, ModelShape, graph_specs
 from dllm_export.runtime.bundle import Bundle
 
 Feeds = dict[str, NDArray[Any]]
@@ -261,3 +261,15 @@ def signatures(model: ModelProto) -> dict[str, list[str]]:
 def test_the_head_returns_no_more_candidates_than_there_are_tokens() -> None:
     for shape, top in ((PLAIN, TOP_TOKENS), (SHAPES["tiny vocabulary"], 20)):
         assert graph_specs(shape)["head"].tensor("top_tokens").dims[-1] == top
+
+
+@pytest.mark.parametrize("graph", LAYER_GRAPHS)
+def test_no_two_products_of_weights_take_the_same_flattened_rows(graph: str, llada_8b: ModelShape) -> None:
+    """TensorRT 8.6 joins such products and copies bound weights side by side for it, at every call."""
+    spec = graph_specs(llada_8b)[graph]
+    weights, nodes = {weight.name for weight in spec.weights}, build_onnx(spec, llada_8b, "float16").graph.node
+    flattened = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Reshape"}
+    products = [node.input for node in nodes if node.op_type == "MatMul" and node.input[1] in weights]
+    rows = [flattened[x] for x, _ in products if x in flattened]
+    assert {weight for _, weight in products} >= {"qk", "v", "out", "gate_up", "down"}
+    assert len(rows) == len(set(rows))
