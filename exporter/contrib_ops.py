@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from onnx import TensorProto
 
-from dllm_export.exporter.onnx_ops import HIDDEN_SCORE, OnnxOps, Value
+from dllm_export.exporter.onnx_ops import HIDDEN_SCORE, Dim, OnnxOps, Value
 from dllm_export.graphs.shape import Experts
 
 CONTRIB = "com.microsoft"
@@ -16,16 +19,47 @@ LEAST = 1e-30
 
 class ContribOps(OnnxOps):
     """As `OnnxOps`, but experts are com.microsoft MoE, attention in float32 is com.microsoft MultiHeadAttention, and rows are
-    scattered into a cache, which copies it once where Where and Gather go over it three times."""
+    scattered into a cache, which copies it once, or not at all where it is its own result: Where and Gather go over it three
+    times."""
 
-    def put_rows(self, rows: Value, index: Value, slot: Value, fresh: Value, cache: Value) -> Value:
-        known = self.unsqueeze(self.take_rows(fresh, index), 2)
-        updates = self.where(known, rows, self.take_rows(cache, index))
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[tuple[object, ...], Value] = {}
+
+    def _node(self, kind: str, inputs: Sequence[Value], type: int, dims: tuple[Dim, ...], **attributes: Any) -> Value:
+        """The same of the same is one node.
+
+        So a cache's rows that are compared with new ones are those that `put_rows` reads, which a scatter into the very
+        cache must wait for; of two reads of it, one could come too late.
+        """
+        key = (self._scope, kind, tuple(value.name for value in inputs), type, repr(sorted(attributes.items())))
+        if key not in self._made:
+            self._made[key] = super()._node(kind, inputs, type, dims, **attributes)
+        return self._made[key]
+
+    def put_rows(
+        self, rows: Value, index: Value, slot: Value, fresh: Value, cache: Value, *, all_fresh: bool = False
+    ) -> Value:
+        updates = rows
+        if not all_fresh:
+            known = self.unsqueeze(self.take_rows(fresh, index), 2)
+            updates = self.where(known, rows, self.take_rows(cache, index))
         # (sequence, row) of each, and not the row among all: to reshape what comes out would copy it once more.
         sequence = self.add(self.scale(index, 0), self.unsqueeze(self.positions(index, axis=0), 1))
         places = self.concat((self.unsqueeze(sequence, 2), self.unsqueeze(index, 2)))
         inputs = (cache, self._cast(places, TensorProto.INT64), updates)
         return self._node("ScatterND", inputs, cache.type, cache.dims)
+
+    def turn(self, x: Value, cos: Value, sin: Value, widths: tuple[int, ...]) -> Value:
+        half, *rest = widths
+        if x.type != TensorProto.FLOAT or rest != [half]:
+            return super().turn(x, cos, sin, widths)  # no kernel of its own for these
+        tables = (self._reshape(table, (-1, half), ("rows", half)) for table in (cos, sin))
+        places = self.add(self.unsqueeze(self.positions(cos), 0), self._row_offsets(cos))
+        inputs = (self.merge_heads(x), self._cast(places, TensorProto.INT64), *tables)
+        heads, width = int(x.dims[2]), int(x.dims[3])
+        turned = self._node("RotaryEmbedding", inputs, x.type, (*x.dims[:2], heads * width), domain=CONTRIB)
+        return self.split_heads(turned, heads, width)
 
     def attention(self, query: Value, key: Value, value: Value, mask: Value) -> Value:
         heads, width = int(query.dims[2]), int(query.dims[3])

@@ -15,6 +15,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from dllm_export.graphs.experts import run_experts
+from dllm_export.graphs.rotary import turn_pairs
 from dllm_export.graphs.shape import Experts
 
 INT64 = TensorProto.INT64
@@ -328,7 +329,9 @@ class OnnxOps:
     def lookup(self, table: Value, index: Value) -> Value:
         return self._node("Gather", (table, index), table.type, (*index.dims, *table.dims[1:]), axis=0)
 
-    def put_rows(self, rows: Value, index: Value, slot: Value, fresh: Value, cache: Value) -> Value:
+    def put_rows(
+        self, rows: Value, index: Value, slot: Value, fresh: Value, cache: Value, *, all_fresh: bool = False
+    ) -> Value:
         # Where + Gather and not ScatterND: a scatter costs 4 to 15 times as much on GPUs (docs/decisions.md).
         return self.where(self.unsqueeze(fresh, 2), self.take_rows(rows, slot), cache)
 
@@ -344,6 +347,9 @@ class OnnxOps:
         scores = self.where(visible, scores, self._scalar(scores.type, HIDDEN_SCORE))
         weights = self._node("Softmax", (scores,), scores.type, scores.dims, axis=3)
         return self._transpose(self.matmul(self.narrow(weights, value), value), (0, 2, 1, 3))
+
+    def turn(self, x: Value, cos: Value, sin: Value, widths: tuple[int, ...]) -> Value:
+        return turn_pairs(self, x, cos, sin, widths)
 
     def experts(self, experts: Experts, x: Value, chosen: Value, share: Value, gate_up: Value, down: Value) -> Value:
         return run_experts(self, experts, x, chosen, share, gate_up, down)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 
+from dllm_export.graphs.rotary import turn_pairs
 from dllm_export.graphs.shape import Experts, ModelShape
 from dllm_export.graphs.spec import GraphSpec
 
@@ -182,7 +183,9 @@ class CountingOps:
         return Outline((*index.dims, *table.dims[1:]))
 
     # -- attention
-    def put_rows(self, rows: Outline, index: Outline, slot: Outline, fresh: Outline, cache: Outline) -> Outline:
+    def put_rows(
+        self, rows: Outline, index: Outline, slot: Outline, fresh: Outline, cache: Outline, *, all_fresh: bool = False
+    ) -> Outline:
         return Outline(cache.dims)
 
     def attention(self, query: Outline, key: Outline, value: Outline, mask: Outline) -> Outline:
@@ -193,6 +196,9 @@ class CountingOps:
         return Outline(query.dims)
 
     # -- experts
+    def turn(self, x: Outline, cos: Outline, sin: Outline, widths: tuple[int, ...]) -> Outline:
+        return turn_pairs(self, x, cos, sin, widths)
+
     def experts(
         self, experts: Experts, x: Outline, chosen: Outline, share: Outline, gate_up: Outline, down: Outline
     ) -> Outline:

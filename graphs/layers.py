@@ -53,16 +53,9 @@ def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N,
     """Rotary embedding, rotate-half pairing: dimension j turns with j + r/2, of the first r dimensions that turn."""
     with ops.scope("rope"):
         wide = ops.widen(x) if shape.rope_float32 else x
-        cos, sin = (ops.unsqueeze(ops.narrow(table, wide), 2) for table in (cos, sin))
         half, rest = shape.rotary_width // 2, shape.head_dim - shape.rotary_width
-        low, high, *still = ops.split(wide, (half, half, rest) if rest else (half, half))
-        turned = ops.concat(
-            (
-                ops.sub(ops.mul(low, cos), ops.mul(high, sin)),
-                ops.add(ops.mul(high, cos), ops.mul(low, sin)),
-                *still,
-            )
-        )
+        cos, sin = ops.narrow(cos, wide), ops.narrow(sin, wide)
+        turned = ops.turn(wide, cos, sin, (half, half, rest) if rest else (half, half))
     return ops.narrow(turned, x)
 
 

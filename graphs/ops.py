@@ -188,11 +188,18 @@ class Ops(Protocol[T]):
         ...
 
     # -- the fused operations
-    def put_rows(self, rows: T, index: T, slot: T, fresh: T, cache: T) -> T:
+    def put_rows(self, rows: T, index: T, slot: T, fresh: T, cache: T, *, all_fresh: bool = False) -> T:
         """rows [B, Q, D] into cache [B, N, D]: row j is rows[slot[j]] where fresh[j], else the cached one.
 
         `index` [B, Q] says the same from the other side: where each row belongs. A place that is named more than once is
-        named for equal rows.
+        named for equal rows. `all_fresh`: every place that it names is fresh.
+        """
+        ...
+
+    def turn(self, x: T, cos: T, sin: T, widths: tuple[int, ...]) -> T:
+        """Rotary embedding of x [B, N, heads, d]: dimension j < r/2 turns with j + r/2 by the angle of cos and sin [B, N, r/2].
+
+        `widths` are r/2 twice and, where r < d, that of the dimensions that stay.
         """
         ...
 

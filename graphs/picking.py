@@ -83,7 +83,7 @@ def finish_picked(ops: Ops[T], shape: ModelShape, t: Mapping[str, T]) -> dict[st
     rows = ops.take_rows(t["hidden"], t["row"])
     visible = find_visible(ops, t)
     new_delta = finish_rows(ops, shape, rows, t["query"], t["key"], t["value"], visible, t)
-    delta = ops.put_rows(new_delta, t["row"], t["rank"], t["chosen"], t["delta"])
+    delta = ops.put_rows(new_delta, t["row"], t["rank"], t["chosen"], t["delta"], all_fresh=True)
     return {"hidden_out": ops.add(t["hidden"], delta), "delta_out": delta}
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from dllm_export.graphs.rotary import turn_pairs
 from dllm_export.graphs.shape import Experts
 
 WIDE_ROW = 4096
@@ -196,7 +197,9 @@ class TorchOps:
     def lookup(self, table: Tensor, index: Tensor) -> Tensor:
         return torch.nn.functional.embedding(index.long(), table) if table.dim() == 2 else table[index.long()]
 
-    def put_rows(self, rows: Tensor, index: Tensor, slot: Tensor, fresh: Tensor, cache: Tensor) -> Tensor:
+    def put_rows(
+        self, rows: Tensor, index: Tensor, slot: Tensor, fresh: Tensor, cache: Tensor, *, all_fresh: bool = False
+    ) -> Tensor:
         return torch.where(fresh[:, :, None], self.take_rows(rows, slot), cache)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -211,6 +214,9 @@ class TorchOps:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return mixed.transpose(1, 2)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor, widths: tuple[int, ...]) -> Tensor:
+        return turn_pairs(self, x, cos, sin, widths)
 
     def experts(
         self, experts: Experts, x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tensor, down: Tensor
@@ -228,7 +234,9 @@ class TorchOps:
 class CompiledTorchOps(TorchOps):
     """Forms that PyTorch's compiler makes faster kernels of. Same results, but for the order in which floats are summed."""
 
-    def put_rows(self, rows: Tensor, index: Tensor, slot: Tensor, fresh: Tensor, cache: Tensor) -> Tensor:
+    def put_rows(
+        self, rows: Tensor, index: Tensor, slot: Tensor, fresh: Tensor, cache: Tensor, *, all_fresh: bool = False
+    ) -> Tensor:
         # Where a cache is written in place, the compiler moves the new rows and nothing else.
         sequence = torch.arange(cache.shape[0], device=cache.device)[:, None]
         places = (sequence, index.long())

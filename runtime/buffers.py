@@ -71,7 +71,7 @@ class Buffers:
         writes them before it compares them with the last one's.
         """
         shape = self._shape
-        half = 0 if self._session.in_place and name != "input" else half
+        half = 0 if name in self._session.in_place else half
         widths = {"delta": shape.hidden, "input": shape.hidden, "indicator": shape.indicator_rank}
         rows = self._request.response_rows if name in widths else self._request.length
         dims = (self._request.batch, rows, widths.get(name, shape.key_width))

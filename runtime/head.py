@@ -25,7 +25,7 @@ DRAWN = ("drawn", "drawn_logit")
 INTEGERS = frozenset({"index", "token", "given", "present", "top_tokens", "drawn"})
 """Tensors of candidates that hold places or token ids."""
 
-STEP = 32
+STEP = 8
 """Rows by which candidates are padded where they are many."""
 
 BANNED = -1e30
@@ -262,7 +262,7 @@ class Head:
 
 
 def bucket(count: int, largest: int, *, few: bool) -> int:
-    """Candidate rows are padded, so that few programs serve all steps: to a power of two, above 32 to a multiple of 32.
+    """Candidate rows are padded, so that few programs serve all steps: to a power of two, above 8 to a multiple of 8.
 
     On a CPU a head's cost grows with its rows, and padding to the next power of two would waste a quarter of it. A GPU
     reads the head's matrix for one row as for 256, and a new size is compiled or captured: there sizes are `few`.

@@ -15,7 +15,7 @@ from dllm_export.graphs.families import SamplerDefaults, SpecialTokens
 Compatible = Literal["none", "versions", "same-capability", "ampere-plus"]
 """What else than its own library and GPU an engine was built for."""
 
-FORMAT = 7
+FORMAT = 8
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 64 * 2**20
 

@@ -96,12 +96,16 @@ class SessionReport:
     """Device allocations since the session was opened."""
 
 
+FEATURES = frozenset({"key", "value", "delta"})
+"""Caches that every layer has."""
+
+
 class Session(Protocol):
     """A provider with a bundle's graphs and weights open. A context manager; not safe for two threads at once."""
 
     provider: str
-    in_place: bool
-    """Whether a call may write a buffer that it reads, so that a cache needs no second copy."""
+    in_place: frozenset[str]
+    """Caches that a call may write while it reads them, so that they need no second copy."""
     few_sizes: bool
     """Whether a size that occurs for the first time costs more than rows that nobody asked for."""
     queues: bool

@@ -20,7 +20,7 @@ from dllm_export.runtime.device_commit import DeviceCommit
 from dllm_export.runtime.policies.policy import PICKING_GRAPHS, LayerPlan, Rows, StepPlan
 from dllm_export.runtime.prefix_port import PrefixPort
 from dllm_export.runtime.programs import ProgramStore
-from dllm_export.runtime.session import Buffer, GraphCall, Program, Session
+from dllm_export.runtime.session import FEATURES, Buffer, GraphCall, Program, Session
 
 
 class Trunk:
@@ -81,7 +81,7 @@ class Trunk:
         key = (shared, rows, plan.forced is not None, self._halves, compact)
         program = self._programs.find(key, lambda: self._calls(plan))
         kept = plan.rows is not None and plan.compaction is not None
-        if not (kept or (self._in_place and plan.reference != "input")):
+        if not (kept or written_caches(plan) <= self._in_place):
             self._halves = tuple(
                 half if layer.graph == "layer_skip" else 1 - half
                 for half, layer in zip(self._halves, plan.layers, strict=True)
@@ -350,3 +350,9 @@ class Trunk:
         if plan.forced is not None:
             return self._forced(segment)
         return self._repeat(f"unforced.{segment}", np.zeros(self.request.rows(segment), np.bool_), "bool")
+
+
+def written_caches(plan: StepPlan) -> frozenset[str]:
+    """Caches of which a step of this plan writes new contents."""
+    own = {"indicator"} if any(layer.graph == "layer_indicated" for layer in plan.layers) else set[str]()
+    return FEATURES | own | ({plan.reference} if plan.reference else set())

@@ -7,12 +7,15 @@ environments (TensorRT 8.6 needs Python 3.10, say): name the command that starts
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +36,15 @@ from dllm_export.tools.bench.request import BenchOptions, plan_measurement
 from dllm_export.tools.bench.tables import print_bench
 from dllm_export.tools.demo import MODEL
 from dllm_export.tools.flags import Command, from_fields, report_flag, shared_flags
-from dllm_export.tools.output import make_table, print_json, print_note, print_table, show_progress, write_report
+from dllm_export.tools.output import (
+    Report,
+    make_table,
+    print_json,
+    print_note,
+    print_table,
+    show_progress,
+    write_report,
+)
 
 LLADA_8B = ModelShape(
     layers=32,
@@ -165,55 +176,63 @@ def cli(python: Sequence[str], arguments: str, *paths: Path | str) -> str:
 
 
 # -- the demo model's answers
-def compare_answers(work: Path, options: GpuCheckOptions) -> Iterator[Answer]:
-    """Every provider's tokens in float32 and float16 against the reference."""
-    prompt = MODEL / "example.txt"
-    shared = f"--prompt-file {shlex.quote(str(prompt))} --gen-length 64 --json"
-    for dtype in ("float32", "float16"):
-        bundle = work / f"demo-{dtype}"
+def compare_answers(work: Path, options: GpuCheckOptions, progress: Report) -> Iterator[Answer]:
+    """Every provider's tokens in float32 and float16 against the reference; nothing is timed, so several run side by side."""
+    request = f"--prompt-file {shlex.quote(str(MODEL / 'example.txt'))} --gen-length 64 --json"
+    bundles = {dtype: work / f"demo-{dtype}" for dtype in ("float32", "float16")}
+    for dtype, bundle in bundles.items():
         if not bundle.exists():
             cli([sys.executable], f"export --dtype {dtype}", MODEL, "-o", bundle)
-    reference = {
-        name: tokens_of(cli([sys.executable], f"generate --provider torch {shared} {flags}", work / "demo-float32"))
-        for name, flags in GENERATIONS.items()
-    }
-    for name, kind in options.kinds.items():
-        for dtype in ("float32", "float16"):
-            yield from compare_column(work / f"demo-{dtype}", name, kind, dtype, shared, reference, options)
+    engines = {
+        (str(kind.flavour), dtype): kind for kind in options.kinds.values() if kind.flavour for dtype in bundles
+    }  # columns may share them
 
+    def refer(flags: str) -> list[int]:
+        return tokens_of(cli([sys.executable], f"generate --provider torch {request} {flags}", bundles["float32"]))
 
-def compare_column(
-    bundle: Path,
-    name: str,
-    kind: ColumnKind,
-    dtype: str,
-    shared: str,
-    reference: Mapping[str, Sequence[int]],
-    options: GpuCheckOptions,
-) -> Iterator[Answer]:
-    """One column in one type, with captured steps and without where it captures."""
-    python, known = options.python(kind), {"column": name, "dtype": dtype}
-    if kind.flavour:
+    def build(flavour: str, dtype: str) -> str:
         try:
             cli(
-                python,
-                f"build --flavour {kind.flavour} --graphs {GENERATION_GRAPHS} --max-length 512 --max-batch 1 --rows 128",
-                bundle,
+                options.python(engines[flavour, dtype]),
+                f"build --flavour {flavour} --graphs {GENERATION_GRAPHS} --max-length 512 --max-batch 1 --rows 128",
+                bundles[dtype],
             )
         except Failed as error:
-            yield Answer(**known, generation="build", captures=0, equal=None, failure=str(error))
-            return
-    for captures in (kind.captures, 0) if kind.captures else (0,):
-        where = f"--provider {kind.provider} --device {kind.where(options.device)} --captures {captures}"
+            return str(error)
+        return ""
+
+    def answer(asked: Answer) -> Answer:
+        kind = options.kinds[asked.column]
+        where = f"--provider {kind.provider} --device {kind.where(options.device)} --captures {asked.captures}"
         where += " --compile" if kind.compile else ""
-        for generation, flags in GENERATIONS.items():
-            try:
-                found = tokens_of(cli(python, f"generate {where} {shared} {flags}", bundle))
-            except Failed as error:
-                yield Answer(**known, generation=generation, captures=captures, equal=None, failure=str(error))
-                continue
-            same = [a == b for a, b in zip(found, reference[generation], strict=True)]
-            yield Answer(**known, generation=generation, captures=captures, equal=sum(same) / len(same))
+        flags = GENERATIONS[asked.generation]
+        try:
+            found = tokens_of(cli(options.python(kind), f"generate {where} {request} {flags}", bundles[asked.dtype]))
+        except Failed as error:
+            return replace(asked, failure=str(error))
+        same = [a == b for a, b in zip(found, reference[asked.generation], strict=True)]
+        return replace(asked, equal=sum(same) / len(same))
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        reference = dict(zip(GENERATIONS, pool.map(refer, GENERATIONS.values()), strict=True))
+        failures = dict(zip(engines, pool.map(lambda named: build(*named), engines), strict=True))
+        planned = list(plan_answers(options.kinds, tuple(bundles), failures))
+        for done, one in enumerate(pool.map(lambda one: one if one.failure else answer(one), planned), start=1):
+            progress(f"answers: {one.column} in {one.dtype}", done, len(planned))
+            yield one
+
+
+def plan_answers(
+    kinds: Mapping[str, ColumnKind], dtypes: Sequence[str], failures: Mapping[tuple[str, str], str]
+) -> Iterator[Answer]:
+    """What is to be asked, still without tokens: with captured steps, and without where it captures; or why it cannot be."""
+    for (name, kind), dtype in product(kinds.items(), dtypes):
+        known = {"column": name, "dtype": dtype}
+        if failure := failures.get((str(kind.flavour), dtype)):
+            yield Answer(**known, generation="build", captures=0, equal=None, failure=failure)
+            continue
+        for captures, generation in product((kind.captures, 0) if kind.captures else (0,), GENERATIONS):
+            yield Answer(**known, generation=generation, captures=captures, equal=None)
 
 
 def tokens_of(output: str) -> list[int]:
@@ -289,7 +308,7 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         shape = TINY if options.quick else replace(LLADA_8B, layers=options.layers)
-        answers = tuple(compare_answers(work, options)) if options.answers else ()
+        answers = tuple(compare_answers(work, options, progress)) if options.answers else ()
         seconds = make_bundle(work, shape, options.device)
 
         def plan() -> Measurement:

@@ -21,6 +21,7 @@ from dllm_export.errors import IncompatibleError, IntegrityError
 from dllm_export.graphs import GraphSpec, TensorType
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.session import (
+    FEATURES,
     Buffer,
     Fetch,
     GraphCall,
@@ -85,7 +86,6 @@ class OnnxRuntimeSession:
     """Bound weights: one inference session per graph kind serves all layers. Prepacked: one per graph and layer."""
 
     provider = "onnxruntime"
-    in_place = False
     queues = False  # the last call of a program waits: onnxruntime offers no other way to be told of its end
 
     def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
@@ -104,6 +104,8 @@ class OnnxRuntimeSession:
         self._threads = options.threads or available_cores()
         small = bundle.weight_bytes <= PREPACK_LIMIT
         self._prepack = options.place == "cpu" and (options.prepack == "on" or (options.prepack == "auto" and small))
+        # Graphs for constants scatter rows, which copies nothing where a cache is its own result; the others merge all rows.
+        self.in_place: frozenset[str] = FEATURES if self._prepack else frozenset()
         self._sessions: dict[object, ort.InferenceSession] = {}
         self._weights: dict[int, ort.OrtValue] = {}
         # Programs that differ in a few calls share the others, while any of them lives. A run keeps its buffers alive, so

@@ -104,7 +104,7 @@ class TensorRtSession:
     """One engine per graph kind serves all layers; contexts and captures are made per shape, at first use."""
 
     provider = "tensorrt"
-    in_place = False
+    in_place: frozenset[str] = frozenset()
     few_sizes = True
 
     def __init__(

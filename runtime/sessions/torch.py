@@ -20,7 +20,17 @@ from dllm_export.graphs import DType, ModelShape, TensorType
 from dllm_export.graphs.torch_ops import CompiledTorchOps, TorchOps
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.captures import CapturedProgram, Captures, NamedCapture, describe_calls, report_captures
-from dllm_export.runtime.session import Buffer, Fetch, GraphCall, HostMark, Mark, Program, SessionOptions, SessionReport
+from dllm_export.runtime.session import (
+    FEATURES,
+    Buffer,
+    Fetch,
+    GraphCall,
+    HostMark,
+    Mark,
+    Program,
+    SessionOptions,
+    SessionReport,
+)
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
@@ -185,7 +195,7 @@ class TorchSession:
     """Eager PyTorch unless told otherwise; `dtype` overrides the bundle's compute type (float64 for the oracles)."""
 
     provider = "torch"
-    in_place = True
+    in_place = FEATURES | {"indicator"}
 
     def __init__(self, bundle: Bundle, options: SessionOptions, *, dtype: DType | None = None) -> None:
         if options.place == "cuda" and not torch.cuda.is_available():

@@ -204,9 +204,10 @@ def edit_graph(file: Path, edit: Callable[[onnx.GraphProto], object]) -> None:
 
 
 def swap_operands(graph: onnx.GraphProto) -> None:
-    """a - b -> b - a in the first subtraction."""
-    node = next(node for node in graph.node if node.op_type == "Sub")
-    node.input[:] = reversed(node.input)
+    """a - b -> b - a in the first subtraction, or cosines for sines where rotation is one node."""
+    node = next(node for node in graph.node if node.op_type in ("Sub", "RotaryEmbedding"))
+    kept = node.input[:-2]
+    node.input[:] = [*kept, *reversed(node.input[-2:])]
 
 
 @pytest.mark.parametrize(("prepack", "suffix"), [("off", ".onnx"), ("on", ".constant.onnx")])

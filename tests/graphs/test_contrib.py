@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dllm_export.exporter.contrib_ops import CONTRIB
 from dllm_export.exporter.onnx_graph import build_onnx
 from dllm_export.graphs import ModelShape, graph_specs
+from dllm_export.runtime.session import FEATURES
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -25,6 +26,7 @@ SHAPES = {
     "all rows": PLAIN,
     "blocks": replace(PLAIN, block=3),
     "groups of heads": replace(PLAIN, kv_heads=2),
+    "half of a head turns": replace(PLAIN, rope_fraction=0.5),
 }
 GRAPHS = ("layer_full", "layer_partial", "layer_adaptive", "layer_tracking")
 
@@ -74,10 +76,46 @@ def test_rows_that_are_named_twice_or_are_not_fresh_end_where_they_belong(
     assert_same(run_contrib(PLAIN, "layer_partial", feeds), expected)
 
 
-def test_its_own_operators_are_used_where_they_have_kernels() -> None:
-    for case, own in (("all rows", True), ("blocks", True), ("groups of heads", False)):
-        for dtype in ("float32", "float16"):
-            shape = SHAPES[case]
-            model = build_onnx(graph_specs(shape)["layer_full"], shape, dtype, contrib=True)  # type: ignore[arg-type]
-            domains = {opset.domain for opset in model.opset_import}
-            assert (CONTRIB in domains) is (own and dtype == "float32"), (case, dtype)
+CACHING = ("layer_partial", "layer_adaptive", "layer_tracking", "layer_indicated")
+
+
+@pytest.mark.parametrize("graph", CACHING)
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_scatter_into_a_cache_waits_for_every_node_that_reads_it(case: str, graph: str) -> None:
+    """What makes it safe to bind one buffer as a cache and as its result: ONNX Runtime may take other nodes in any order."""
+    shape = replace(SHAPES[case], indicator_rank=4)
+    model = build_onnx(graph_specs(shape)[graph], shape, "float32", contrib=True)
+    maker = {name: node for node in model.graph.node for name in node.output}
+    written = {name.removesuffix("_out"): maker[name] for name in (tensor.name for tensor in model.graph.output)}
+    for cache in sorted(FEATURES & {tensor.name for tensor in model.graph.input}):
+        scatter = written[cache]
+        assert scatter.op_type == "ScatterND"
+        assert scatter.input[0] == cache
+        before, ahead = {scatter.name}, list(scatter.input)
+        while ahead:
+            node = maker.get(ahead.pop())
+            if node is not None and node.name not in before:
+                before.add(node.name)
+                ahead += node.input
+        readers = {node.name for node in model.graph.node if cache in node.input}
+        assert readers
+        assert readers <= before
+
+
+OWN = {
+    ("all rows", "float32"): {"MultiHeadAttention", "RotaryEmbedding"},
+    ("all rows", "float16"): {"RotaryEmbedding"},
+    ("blocks", "float32"): {"MultiHeadAttention", "RotaryEmbedding"},
+    ("groups of heads", "float32"): {"RotaryEmbedding"},
+    ("half of a head turns", "float32"): {"MultiHeadAttention"},
+    ("half of a head turns", "float16"): set[str](),
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), OWN)
+def test_its_own_operators_are_used_where_they_have_kernels(case: str, dtype: str) -> None:
+    shape = SHAPES[case]
+    model = build_onnx(graph_specs(shape)["layer_full"], shape, dtype, contrib=True)  # type: ignore[arg-type]
+    own = {node.op_type for node in model.graph.node if node.domain == CONTRIB}
+    assert own == OWN[case, dtype]
+    assert (CONTRIB in {opset.domain for opset in model.opset_import}) is bool(own)

@@ -36,12 +36,12 @@ LOGITS = rng(1).normal(size=(6, 9)) * 2
 def test_a_bucket_holds_its_candidates_and_few_rows_more(count: int, largest: int, few: bool) -> None:
     size = bucket(min(count, largest), largest, few=few)
     assert min(count, largest) <= size <= largest
-    assert size == largest or (size & (size - 1) == 0 if few or size <= 32 else size % 32 == 0)
+    assert size == largest or (size & (size - 1) == 0 if few or size <= 8 else size % 8 == 0)
     assert size < 2 * max(count, 1)
-    assert few or size < count + 32
+    assert few or size < count + 8
 
 
-@pytest.mark.parametrize(("few", "sizes"), [(False, 13), (True, 9)])
+@pytest.mark.parametrize(("few", "sizes"), [(False, 35), (True, 9)])
 def test_few_sizes_serve_all_counts(few: bool, sizes: int) -> None:
     assert len({bucket(count, 256, few=few) for count in range(1, 257)}) == sizes
 

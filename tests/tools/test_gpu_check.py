@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,17 @@ from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
 from dllm_export.runtime.policies import DllmCache, NoCache
 from dllm_export.tools import cli
+from dllm_export.tools.bench.columns import COLUMNS
 from dllm_export.tools.bench.metering import MeteredSession, OutlineSession
 from dllm_export.tools.bench.roofline import Model
-from dllm_export.tools.gpu_check import GENERATION_GRAPHS, LLADA_8B, GpuCheckOptions, fixed_sizes
+from dllm_export.tools.gpu_check import (
+    GENERATION_GRAPHS,
+    GENERATIONS,
+    LLADA_8B,
+    GpuCheckOptions,
+    fixed_sizes,
+    plan_answers,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--prompt", "40", "--response", "32", "--steps", "8"]
@@ -70,6 +79,22 @@ def test_wrong_options_are_refused_before_anything_runs(arguments: str, sentence
     result = CliRunner().invoke(cli.cli, ["gpu-check", *arguments.split()])
     assert isinstance(result.exception, UsageError) or result.exit_code == UsageError.exit_code
     assert sentence in f"{result.exception} {result.output}"
+
+
+def test_a_provider_without_engines_says_why_once_in_each_type_and_is_not_asked() -> None:
+    kinds = {name: COLUMNS[name] for name in ("torch", "torch-graph", "tensorrt", "tensorrt-calls")}
+    failures = {("tensorrt", "float32"): "", ("tensorrt", "float16"): "no GPU"}
+    planned = list(plan_answers(kinds, ("float32", "float16"), failures))
+    asked = Counter((one.column, one.dtype, one.captures > 0) for one in planned if not one.failure)
+    each = len(GENERATIONS)
+    assert asked == {
+        **{("torch", dtype, False): each for dtype in ("float32", "float16")},
+        **{("torch-graph", dtype, captured): each for dtype in ("float32", "float16") for captured in (False, True)},
+        **{("tensorrt", "float32", captured): each for captured in (False, True)},
+        ("tensorrt-calls", "float32", False): each,
+    }
+    failed = [(one.column, one.dtype, one.generation, one.failure) for one in planned if one.failure]
+    assert failed == [(name, "float16", "build", "no GPU") for name in ("tensorrt", "tensorrt-calls")]
 
 
 def test_engines_are_built_for_what_the_compared_generations_run(tiny_bundle: Bundle) -> None:

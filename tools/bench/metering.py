@@ -82,7 +82,7 @@ class OutlineSession:
     """A session that computes nothing: with it a generation says what it would do, and what memory its buffers take."""
 
     provider = "outline"
-    in_place = False
+    in_place: frozenset[str] = frozenset()
     few_sizes = False
     queues = False
 
