@@ -50,10 +50,10 @@ class ContribOps(OnnxOps):
         inputs = (cache, self._cast(places, TensorProto.INT64), updates)
         return self._node("ScatterND", inputs, cache.type, cache.dims)
 
-    def turn(self, x: Value, cos: Value, sin: Value, widths: tuple[int, ...]) -> Value:
+    def rotary(self, x: Value, cos: Value, sin: Value, widths: tuple[int, ...]) -> Value:
         half, *rest = widths
         if x.type != TensorProto.FLOAT or rest != [half]:
-            return super().turn(x, cos, sin, widths)  # no kernel of its own for these
+            return super().rotary(x, cos, sin, widths)  # no kernel of its own for these
         tables = (self._reshape(table, (-1, half), ("rows", half)) for table in (cos, sin))
         places = self.add(self.unsqueeze(self.positions(cos), 0), self._row_offsets(cos))
         inputs = (self.merge_heads(x), self._cast(places, TensorProto.INT64), *tables)

@@ -15,7 +15,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from dllm_export.graphs.experts import run_experts
-from dllm_export.graphs.rotary import turn_pairs
+from dllm_export.graphs.rotary import rotate_halves
 from dllm_export.graphs.shape import Experts
 
 INT64 = TensorProto.INT64
@@ -348,8 +348,8 @@ class OnnxOps:
         weights = self._node("Softmax", (scores,), scores.type, scores.dims, axis=3)
         return self._transpose(self.matmul(self.narrow(weights, value), value), (0, 2, 1, 3))
 
-    def turn(self, x: Value, cos: Value, sin: Value, widths: tuple[int, ...]) -> Value:
-        return turn_pairs(self, x, cos, sin, widths)
+    def rotary(self, x: Value, cos: Value, sin: Value, widths: tuple[int, ...]) -> Value:
+        return rotate_halves(self, x, cos, sin, widths)
 
     def experts(self, experts: Experts, x: Value, chosen: Value, share: Value, gate_up: Value, down: Value) -> Value:
         return run_experts(self, experts, x, chosen, share, gate_up, down)

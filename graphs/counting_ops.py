@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 
-from dllm_export.graphs.rotary import turn_pairs
+from dllm_export.graphs.rotary import rotate_halves
 from dllm_export.graphs.shape import Experts, ModelShape
 from dllm_export.graphs.spec import GraphSpec
 
@@ -188,6 +188,9 @@ class CountingOps:
     ) -> Outline:
         return Outline(cache.dims)
 
+    def rotary(self, x: Outline, cos: Outline, sin: Outline, widths: tuple[int, ...]) -> Outline:
+        return rotate_halves(self, x, cos, sin, widths)
+
     def attention(self, query: Outline, key: Outline, value: Outline, mask: Outline) -> Outline:
         batch, rows, heads, width = query.dims
         keys = key.dims[1]
@@ -196,9 +199,6 @@ class CountingOps:
         return Outline(query.dims)
 
     # -- experts
-    def turn(self, x: Outline, cos: Outline, sin: Outline, widths: tuple[int, ...]) -> Outline:
-        return turn_pairs(self, x, cos, sin, widths)
-
     def experts(
         self, experts: Experts, x: Outline, chosen: Outline, share: Outline, gate_up: Outline, down: Outline
     ) -> Outline:

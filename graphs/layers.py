@@ -55,7 +55,7 @@ def rotate(ops: Ops[T], shape: ModelShape, x: T, cos: T, sin: T) -> T:  # [B, N,
         wide = ops.widen(x) if shape.rope_float32 else x
         half, rest = shape.rotary_width // 2, shape.head_dim - shape.rotary_width
         cos, sin = ops.narrow(cos, wide), ops.narrow(sin, wide)
-        turned = ops.turn(wide, cos, sin, (half, half, rest) if rest else (half, half))
+        turned = ops.rotary(wide, cos, sin, (half, half, rest) if rest else (half, half))
     return ops.narrow(turned, x)
 
 

@@ -196,7 +196,7 @@ class Ops(Protocol[T]):
         """
         ...
 
-    def turn(self, x: T, cos: T, sin: T, widths: tuple[int, ...]) -> T:
+    def rotary(self, x: T, cos: T, sin: T, widths: tuple[int, ...]) -> T:
         """Rotary embedding of x [B, N, heads, d]: dimension j < r/2 turns with j + r/2 by the angle of cos and sin [B, N, r/2].
 
         `widths` are r/2 twice and, where r < d, that of the dimensions that stay.

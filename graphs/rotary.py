@@ -5,8 +5,8 @@ from __future__ import annotations
 from dllm_export.graphs.ops import Ops, T
 
 
-def turn_pairs(ops: Ops[T], x: T, cos: T, sin: T, widths: tuple[int, ...]) -> T:
-    """`Ops.turn`: each pair (low, high) turned by its angle, what stays behind them."""
+def rotate_halves(ops: Ops[T], x: T, cos: T, sin: T, widths: tuple[int, ...]) -> T:
+    """`Ops.rotary`: each pair (low, high) turned by its angle, what stays behind them."""
     cos, sin = ops.unsqueeze(cos, 2), ops.unsqueeze(sin, 2)
     low, high, *still = ops.split(x, widths)
     turned = (

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from dllm_export.graphs.rotary import turn_pairs
+from dllm_export.graphs.rotary import rotate_halves
 from dllm_export.graphs.shape import Experts
 
 WIDE_ROW = 4096
@@ -215,8 +215,8 @@ class TorchOps:
         )
         return mixed.transpose(1, 2)
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor, widths: tuple[int, ...]) -> Tensor:
-        return turn_pairs(self, x, cos, sin, widths)
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, widths: tuple[int, ...]) -> Tensor:
+        return rotate_halves(self, x, cos, sin, widths)
 
     def experts(
         self, experts: Experts, x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tensor, down: Tensor

@@ -214,7 +214,7 @@ class Run(Record, frozen=True):
 
 
 class Column(Record, frozen=True):
-    """One column of the report; `rounds` has the runs of further rounds."""
+    """One column of the report; `runs` are those of all rounds."""
 
     what: str
     needs: int
