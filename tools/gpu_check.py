@@ -309,6 +309,8 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
         work.mkdir(parents=True, exist_ok=True)
         shape = TINY if options.quick else replace(LLADA_8B, layers=options.layers)
         answers = tuple(compare_answers(work, options, progress)) if options.answers else ()
+        if answers and not as_json:
+            print_answers(answers)  # at once: what follows takes minutes, and may be cut short
         seconds = make_bundle(work, shape, options.device)
 
         def plan() -> Measurement:
@@ -334,6 +336,5 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
     if as_json:
         print_json(outcome)
     else:
-        print_answers(answers)
         print_bench(bench)
     write_report(report, outcome)
