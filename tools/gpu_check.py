@@ -80,6 +80,9 @@ GENERATIONS: Mapping[str, str] = {
 GENERATION_GRAPHS = "embed,layer_full,layer_partial,layer_adaptive,gather,guidance,head,commit"
 """What they run, so that no other engine is built: TensorRT 8.6 takes seconds for each."""
 
+SIDE_BY_SIDE = 4
+"""Processes that answer at a time, at most: each takes some of the GPU's memory for itself."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCheckOptions:
@@ -213,7 +216,7 @@ def compare_answers(work: Path, options: GpuCheckOptions, progress: Report) -> I
         same = [a == b for a, b in zip(found, reference[asked.generation], strict=True)]
         return replace(asked, equal=sum(same) / len(same))
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+    with ThreadPoolExecutor(max(1, min(SIDE_BY_SIDE, (os.cpu_count() or 1) // 2))) as pool:
         reference = dict(zip(GENERATIONS, pool.map(refer, GENERATIONS.values()), strict=True))
         failures = dict(zip(engines, pool.map(lambda named: build(*named), engines), strict=True))
         planned = list(plan_answers(options.kinds, tuple(bundles), failures))
