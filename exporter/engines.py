@@ -6,9 +6,11 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from dllm_export.errors import IntegrityError
 from dllm_export.exporter.build_options import BuildOptions, choose_graphs
@@ -121,8 +123,9 @@ def build_engine(
     key: str,
     builder: trt.Builder,
     progress: BuildProgress,
+    constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> tuple[EngineRecord, bytes]:
-    """The engine of one graph, and its record for the manifest."""
+    """The engine of one graph, and its record; one with `constants` belongs in no manifest, since its record names none."""
     library, start = target.library, time.perf_counter()
     timing = None if library.targets else bundle.path / target.folder / TIMING_CACHE
     if timing is not None and options.timing_cache != "strict":
@@ -139,6 +142,7 @@ def build_engine(
         timing=timing,
         strict=options.timing_cache == "strict",
         compatible=options.compatible,
+        constants=constants,
     )
     record = EngineRecord(
         graph=spec.name,

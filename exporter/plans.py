@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from numpy.typing import NDArray
 
 from dllm_export.errors import DllmExportError
 from dllm_export.exporter.build_progress import BuildProgress, make_monitor
@@ -44,12 +47,13 @@ def build_plan(
     timing: Path | None = None,
     strict: bool = False,
     compatible: Compatible = "none",
+    constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> tuple[bytes, tuple[str, ...]]:
     """One serialised engine and the builder flags it was made with, or an error with the library's own messages.
 
     A builder serves any number of graphs, and making one takes standard TensorRT seconds: pass the same to all. A strict
-    build measures nothing: it fails where the timing cache lacks something, and leaves the file as it is. Ctrl-C ends the build
-    at its next step.
+    build measures nothing: it fails where the timing cache lacks something, and leaves the file as it is. Inputs with a value
+    in `constants` are no inputs of the engine. Ctrl-C ends the build at its next step.
     """
     builder, progress = builder or make_builder(library), progress or BuildProgress(lambda share: None)
     make = partial(
@@ -65,6 +69,7 @@ def build_plan(
         timing=timing,
         strict=strict,
         compatible=compatible,
+        constants=constants,
     )
     return run_aside(library, make, progress)
 
@@ -82,10 +87,12 @@ def make_plan(
     timing: Path | None,
     strict: bool,
     compatible: Compatible,
+    constants: Mapping[str, NDArray[Any]],
 ) -> tuple[bytes, tuple[str, ...]]:
     """The same, in this thread."""
     network = library.require(builder.create_network(library.network_flags()), "create a network")
     parse_graph(library, network, onnx, spec.name)
+    embed_constants(library, network, constants)
     config = builder.create_builder_config()
     for ranges in profiles:
         profile = make_profile(builder, spec, ranges)
@@ -150,6 +157,22 @@ def parse_graph(library: TensorRt, network: Any, onnx: bytes, graph: str) -> Non
     logged = [] if errors and all(hasattr(error, "node_name") for error in errors) else library.logger.messages
     library.logger.messages = [*map(describe_error, errors), *shorten(logged)]
     library.require(None, f"parse graph '{graph}'")
+
+
+def embed_constants(library: TensorRt, network: trt.INetworkDefinition, constants: Mapping[str, NDArray[Any]]) -> None:
+    """Put values in the place of inputs; the network refers to the arrays, so they must outlive the build."""
+    inputs = [network.get_input(place) for place in range(network.num_inputs)]
+    for given in [given for given in inputs if given.name in constants]:
+        value = constants[given.name]
+        weights = library.module.Weights(given.dtype, value.ctypes.data, value.size)
+        constant = library.require(network.add_constant(given.shape, weights), f"embed '{given.name}'").get_output(0)
+        for place in range(network.num_layers):
+            layer = network.get_layer(place)
+            for slot in range(layer.num_inputs):
+                read = layer.get_input(slot)
+                if read is not None and read.name == given.name:
+                    layer.set_input(slot, constant)
+        network.remove_tensor(given)
 
 
 def describe_error(error: Any) -> str:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,8 +31,8 @@ from dllm_export.runtime.options import flag, option
 from dllm_export.runtime.policies import DllmCache
 from dllm_export.tools.bench.columns import COLUMNS, ColumnKind
 from dllm_export.tools.bench.measure import Measurement, foresee_policy, measure
-from dllm_export.tools.bench.processes import Failed, explain_exit
-from dllm_export.tools.bench.records import BenchReport
+from dllm_export.tools.bench.processes import Failed, ask, explain_exit
+from dllm_export.tools.bench.records import BenchReport, EmbeddedTask, EmbeddedTimes
 from dllm_export.tools.bench.request import BenchOptions, plan_measurement
 from dllm_export.tools.bench.tables import print_bench
 from dllm_export.tools.demo import MODEL
@@ -103,6 +104,9 @@ class GpuCheckOptions:
     response: int = option(256, "response tokens")
     steps: int = option(60, "steps that are timed, one token each")
     answers: bool = option(True, "compare the demo model's answers too")
+    embedded: bool = option(
+        False, "compare a partial layer's engines with weights as inputs and as constants; minutes to build"
+    )
     quick: bool = option(False, "a tiny model: shows that everything works, its figures mean nothing")
     work: Path | None = option(None, "keep bundles in this folder, and use what is there")
 
@@ -162,6 +166,8 @@ class GpuReport:
     """Time of the bundle and of the builds."""
     answers: Sequence[Answer]
     bench: BenchReport
+    embedded: Mapping[str, EmbeddedTimes]
+    """Flavour -> what weights as inputs cost; empty where it was not asked for."""
 
 
 def run(command: Sequence[str]) -> str:
@@ -290,6 +296,38 @@ def build_engines(what: Measurement, options: GpuCheckOptions) -> Iterator[tuple
             yield f"build {kind.flavour}", time.perf_counter() - start
 
 
+def compare_weights(bundle: Path, options: GpuCheckOptions, progress: Report) -> Iterator[tuple[str, EmbeddedTimes]]:
+    """Flavour -> a partial layer's engines with weights as inputs and as constants, if that is asked for."""
+    kinds = {str(kind.flavour): kind for kind in options.kinds.values() if kind.flavour and options.embedded}
+    for place, (flavour, kind) in enumerate(kinds.items()):
+        progress(f"weights as constants, {flavour}", place, len(kinds))
+        task = EmbeddedTask(
+            bundle=str(bundle),
+            flavour=kind.flavour or "tensorrt",
+            length=options.prompt + options.response,
+            rows=min(64, options.response),
+        )
+        try:
+            yield flavour, ask("embedded", task, EmbeddedTimes, options.python(kind))
+        except Failed as error:
+            print_note(f"{flavour}, weights as constants: {error}", "yellow")
+
+
+def print_weights(flavour: str, found: EmbeddedTimes) -> None:
+    """Times of both forms, and how far their outputs are apart."""
+    parts = list(found.ms["bound"])
+    table = make_table("weights", *(f"{part}, ms" for part in parts), "plans, MB", "built in, s", right=parts)
+    for form, times in found.ms.items():
+        cells = (f"{median(times[part]):.4f}" for part in parts)
+        table.add_row(form, *cells, f"{found.plan_bytes[form] / 1e6:.1f}", f"{found.build_seconds[form]:.0f}")
+    print_table(table)
+    ratio = median(found.ms["bound"]["all"]) / median(found.ms["embedded"]["all"])
+    print_note(
+        f"{flavour}: weights as inputs take {ratio:.3f} times as long as constants; outputs differ by at most "
+        f"{found.difference:.1e} of the largest"
+    )
+
+
 def print_answers(answers: Sequence[Answer]) -> None:
     """The demo model's tokens on every column."""
     table = make_table("column", "dtype", "generation", "captures", "equal tokens", right=("captures", "equal tokens"))
@@ -320,6 +358,7 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
             return plan_measurement(open_bundle(work / "bundle"), None, options.bench, DllmCache())
 
         seconds |= dict(build_engines(plan(), options))
+        embedded: dict[str, EmbeddedTimes] = {}
 
         def finish(bench: BenchReport) -> GpuReport:
             return GpuReport(
@@ -329,15 +368,19 @@ def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> Non
                 seconds=seconds,
                 answers=answers,
                 bench=bench,
+                embedded=embedded,
             )
 
         def save(bench: BenchReport) -> None:
             write_report(report, finish(bench))
 
         bench = measure(plan(), asked, progress, save)
+        embedded |= dict(compare_weights(work / "bundle", options, progress))
     outcome = finish(bench)
     if as_json:
         print_json(outcome)
     else:
         print_bench(bench)
+        for flavour, found in embedded.items():
+            print_weights(flavour, found)
     write_report(report, outcome)

@@ -246,10 +246,8 @@ class TensorRtSession:
     # -- a call as addresses
     def _stage_calls(self, call: GraphCall) -> Iterator[GraphCall]:
         """The call itself, or one for each stage of a graph that this library runs in stages."""
-        spec = self._bundle.specs[call.graph]
-        if call.graph in self._engines or not spec.stages:
-            return iter((call,))
-        return split_call(call, spec, self._hand_over)
+        stages = () if call.graph in self._engines else self._bundle.specs[call.graph].stages
+        return split_call(call, self._bundle.specs[call.graph], self._hand_over) if stages else iter((call,))
 
     def _hand_over(self, graph: str, tensor: TensorSpec, dims: tuple[int, ...]) -> CudaBuffer:
         """What one stage leaves for the next; calls run one after the other, so that all layers share it."""

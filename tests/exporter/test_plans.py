@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
@@ -12,10 +15,18 @@ from dllm_export.errors import IncompatibleError
 from dllm_export.exporter.build_options import BuildOptions
 from dllm_export.exporter.build_progress import BuildProgress
 from dllm_export.exporter.onnx_graph import build_onnx
-from dllm_export.exporter.plans import build_plan, describe_error, shorten
+from dllm_export.exporter.plans import (
+    build_plan,
+    describe_error,
+    embed_constants,
+    make_builder,
+    parse_graph,
+    shorten,
+)
 from dllm_export.exporter.ranges import dim_ranges
 from dllm_export.graphs import ModelShape, graph_specs
 from dllm_export.runtime.tensorrt.library import TensorRt, load_tensorrt
+from dllm_export.tools.gpu_check import TINY
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 only")
 
@@ -93,6 +104,36 @@ def test_noise_stays_where_it_is_all_there_is() -> None:
     driver = "[checkMacros.cpp::catchCudaError::250] no driver"
     assert list(shorten([f"{driver}\nreal\n"])) == ["real"]
     assert list(shorten([driver])) == [driver]
+
+
+# -- weights as constants
+def test_an_input_with_a_value_is_a_constant_wherever_it_was_read(library: TensorRt) -> None:
+    """What the two forms compute is compared on a GPU: tests/gpu/test_embedded.py."""
+    spec = graph_specs(TINY)["layer_partial"]
+    values = {weight.name: np.ones(weight.dims, np.float16) for weight in spec.weights}
+    network = make_builder(library).create_network(library.network_flags())
+    parse_graph(library, network, build_onnx(spec, TINY, "float16").SerializeToString(), spec.name)
+    embed_constants(library, network, values)
+    assert {network.get_input(place).name for place in range(network.num_inputs)} == {
+        tensor.name for tensor in spec.inputs
+    }
+    layers = [network.get_layer(place) for place in range(network.num_layers)]
+    read = {layer.get_input(slot).name for layer in layers for slot in range(layer.num_inputs)}
+    assert read.isdisjoint(values)
+    constants = [layer for layer in layers if layer.type == library.module.LayerType.CONSTANT]
+    shapes = [tuple(layer.get_output(0).shape) for layer in constants if layer.get_output(0).name in read]
+    assert Counter(weight.dims for weight in spec.weights) <= Counter(shapes)
+
+
+def test_a_plan_with_constants_holds_their_values(library: TensorRt) -> None:
+    shape = replace(TINY, mlp=8192)  # weights that weigh more than the code
+    spec = graph_specs(shape)["layer_partial"]
+    onnx, ranges = build_onnx(spec, shape, "float16").SerializeToString(), [dim_ranges(spec, 96, BuildOptions(rows=32))]
+    values = {weight.name: np.ones(weight.dims, np.float16) for weight in spec.weights}
+    without, _ = build_plan(library, onnx, spec, "float16", ranges, ("8.9",))
+    holding, _ = build_plan(library, onnx, spec, "float16", ranges, ("8.9",), constants=values)
+    total = sum(value.nbytes for value in values.values())
+    assert len(without) < total <= len(holding)
 
 
 # -- switches that the compiler answers to, though only standard TensorRT acts on them

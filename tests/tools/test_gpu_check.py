@@ -38,7 +38,17 @@ SIZES = ["--prompt", "40", "--response", "32", "--steps", "8"]
 def test_every_column_that_works_is_measured_and_the_others_say_why(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     columns = ["--columns", "eager,four-feature,torch,onnxruntime,tensorrt"]
-    script = ["tools/gpu_check", "--quick", "--device", "cpu", "--no-answers", *SIZES, "--report", str(report)]
+    script = [
+        "tools/gpu_check",
+        "--quick",
+        "--device",
+        "cpu",
+        "--no-answers",
+        "--embedded",
+        *SIZES,
+        "--report",
+        str(report),
+    ]
     missing = ["--tensorrt", f"{sys.executable} -S"]  # an interpreter without packages
     environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     environment |= {
@@ -53,6 +63,8 @@ def test_every_column_that_works_is_measured_and_the_others_say_why(tmp_path: Pa
     assert set(bench["columns"]) == {"eager", "four-feature", "torch", "onnxruntime"}
     assert "No module named" in result.stderr
     assert bench["failures"].keys() == {"tensorrt"}
+    assert found["embedded"] == {}
+    assert "tensorrt, weights as constants: " in result.stderr
     assert found["command"].startswith("tools/gpu_check --quick")
     # Random weights in float32: the columns run the same model, so they decide the same tokens.
     equal = [one for one in bench["agreement"] if one["policy"] == one["reference_policy"]]

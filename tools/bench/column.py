@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from dllm_export.runtime.bundle import Bundle, open_bundle
@@ -26,6 +25,7 @@ from dllm_export.runtime.transfers import Quota
 from dllm_export.tools.bench.columns import COLUMNS, ColumnKind
 from dllm_export.tools.bench.graph_runs import time_graphs
 from dllm_export.tools.bench.metering import MeteredSession
+from dllm_export.tools.bench.processes import answer
 from dllm_export.tools.bench.ranges import NoRanges, NvtxRanges
 from dllm_export.tools.bench.records import ColumnTask, RawColumn, RawRun, StepRecord, WorkRecord
 from dllm_export.tools.bench.roofline import Model, Work
@@ -198,19 +198,5 @@ def device_state(kind: ColumnKind, device: str) -> str:
     return f"{fields}: {found}" if found else ""
 
 
-def main() -> int:
-    """The exit code; what went wrong is the last line of stderr."""
-    from dllm_export.tools.cli import explain
-
-    try:
-        task = msgspec.json.decode(sys.stdin.buffer.read(), type=ColumnTask)
-        print(msgspec.json.encode(measure_column(task)).decode())
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code, lines = explain(error)
-        print(lines[0], file=sys.stderr)
-        return code
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(ColumnTask, measure_column))

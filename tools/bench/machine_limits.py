@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from statistics import median
 
-import msgspec
 import numpy as np
 
+from dllm_export.tools.bench.processes import answer
 from dllm_export.tools.bench.records import LimitsTask, MeasuredLimits, ProductQuery
 
 SQUARE = {"cpu": 1536, "cuda": 8192}
@@ -191,19 +191,5 @@ class OrtProducts(ProductLibrary):
         return clock(lambda: session.run(None, feeds), count if query.stored else query.count)
 
 
-def main() -> int:
-    """The exit code; what went wrong is the last line of stderr."""
-    from dllm_export.tools.cli import explain
-
-    try:
-        task = msgspec.json.decode(sys.stdin.buffer.read(), type=LimitsTask)
-        print(msgspec.json.encode(measure_limits(task)).decode())
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code, lines = explain(error)
-        print(lines[0], file=sys.stderr)
-        return code
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(LimitsTask, measure_limits))

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
 
 from dllm_export.tools.bench.records import Record
 
+T = TypeVar("T", bound=Record)
 R = TypeVar("R", bound=Record)
 
 
@@ -20,7 +21,7 @@ class Failed(Exception):
     """A process that did not succeed; says why in one line."""
 
 
-def ask(module: str, task: Record, answer: type[R], python: Sequence[str] = (), threads: int = 0) -> R:
+def ask(module: str, task: Record, answered: type[R], python: Sequence[str] = (), threads: int = 0) -> R:
     """What the module answers. `python` is the command that starts its interpreter, this one by default."""
     command = [*(python or (sys.executable,)), "-m", f"dllm_export.tools.bench.{module}"]
     try:
@@ -31,11 +32,24 @@ def ask(module: str, task: Record, answer: type[R], python: Sequence[str] = (), 
         raise Failed(explain_exit(done.returncode, done.stderr.decode(errors="replace")))
     lines = done.stdout.splitlines()
     try:
-        return msgspec.json.decode(lines[-1] if lines else b"", type=answer)
+        return msgspec.json.decode(lines[-1] if lines else b"", type=answered)
     except msgspec.DecodeError as error:
         raise Failed(
             f"its answer cannot be read ({error}): both sides must be the same version of dllm-export"
         ) from None
+
+
+def answer(task: type[T], work: Callable[[T], Record]) -> int:
+    """The other side of `ask`: the exit code; what went wrong is the last line of stderr."""
+    from dllm_export.tools.cli import explain
+
+    try:
+        print(msgspec.json.encode(work(msgspec.json.decode(sys.stdin.buffer.read(), type=task))).decode())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, lines = explain(error)
+        print(lines[0], file=sys.stderr)
+        return code
 
 
 def environment(threads: int) -> Mapping[str, str]:

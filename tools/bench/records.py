@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from dllm_export.graphs import ModelShape
 from dllm_export.runtime.session import SessionReport
+from dllm_export.runtime.tensorrt.library import Flavour
 from dllm_export.tools.machine import Gpu
 
 SCHEMA = 1
@@ -295,3 +296,33 @@ class BenchReport(Record, frozen=True):
     times_products: tuple[ProductsRatio, ...]
     agreement: tuple[Agreement, ...]
     warnings: tuple[str, ...]
+
+
+Form = Literal["bound", "embedded"]
+"""Weights are inputs of an engine, or constants in it."""
+
+
+class EmbeddedTask(Record, frozen=True):
+    """What to build and how often to time it. The bundle has engines of this flavour, tuned for these sizes."""
+
+    bundle: str
+    flavour: Flavour
+    length: int
+    rows: int
+    rounds: int = 8
+
+
+class EmbeddedTimes(Record, frozen=True):
+    """A layer's engines in both forms."""
+
+    gpu: str
+    library: str
+    graph: str
+    sizes: dict[str, int]
+    ms: dict[Form, dict[str, list[float]]]
+    """Form -> engine, or `all` for one after the other -> milliseconds of a call, for every round."""
+    plan_bytes: dict[Form, int]
+    """Of all engines of a layer."""
+    build_seconds: dict[Form, float]
+    difference: float
+    """Largest difference of the layer's outputs between the two forms, over the output's largest value."""
