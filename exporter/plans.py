@@ -164,7 +164,9 @@ def embed_constants(library: TensorRt, network: trt.INetworkDefinition, constant
     inputs = [network.get_input(place) for place in range(network.num_inputs)]
     for given in [given for given in inputs if given.name in constants]:
         value = constants[given.name]
-        weights = library.module.Weights(given.dtype, value.ctypes.data, value.size)
+        # 8.6 takes arrays alone, and no array is of a type that numpy lacks.
+        plain = value.dtype.kind == "f"
+        weights = library.module.Weights(*((value,) if plain else (given.dtype, value.ctypes.data, value.size)))
         constant = library.require(network.add_constant(given.shape, weights), f"embed '{given.name}'").get_output(0)
         for place in range(network.num_layers):
             layer = network.get_layer(place)

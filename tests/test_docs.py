@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +18,8 @@ import pytest
 from dllm_export.graphs import ModelShape, TensorSpec, graph_specs
 from dllm_export.runtime.manifest import Manifest
 from dllm_export.tools.bench.columns import COLUMNS
-from dllm_export.tools.bench.records import BenchReport, Run
+from dllm_export.tools.bench.growth import Slopes
+from dllm_export.tools.bench.records import BenchReport, EmbeddedTimes, Ratio, Run
 from dllm_export.tools.bench.summary import BARS
 from dllm_export.tools.bench.sweep import SweepReport
 from dllm_export.tools.bench.tables import markdown
@@ -28,17 +30,21 @@ FRONTIER = "docs/measurements/frontier-2-core.json"
 DREAM_FRONTIER = "docs/measurements/frontier-dream-2-core.json"
 SWEEP = "docs/measurements/sweep-2-core.json"
 SDAR_FRONTIER = "docs/measurements/frontier-sdar-2-core.json"
-GPU = "docs/measurements/h100.json"
-GPU_BATCH = "docs/measurements/h100-batch4.json"
-GPU_TOKENS = "docs/measurements/h100-tokens4.json"
-GPU_SWEEP = "docs/measurements/sweep-h100.json"
-GPU_BATCH_SWEEP = "docs/measurements/sweep-batch-h100.json"
-GPU_H200 = "docs/measurements/h200.json"
-GPU_ANSWERS = "docs/measurements/h100-answers.json"
-GPU_ENGINES = "docs/measurements/h100-tensorrt.json"
-GPU_EMBEDDED = "docs/measurements/h100-embedded.json"
-GPU_WHOLE = "docs/measurements/h100-tokens1.json"
-GPU_THRESHOLD = "docs/measurements/h100-threshold.json"
+GPU = "docs/measurements/h200.json"
+GPU_BATCH = "docs/measurements/h200-batch4.json"
+GPU_TOKENS = "docs/measurements/h200-tokens4.json"
+GPU_ANSWERS = "docs/measurements/h200-answers.json"
+GPU_EMBEDDED = "docs/measurements/h200-embedded.json"
+GPU_SWEEP = "docs/measurements/sweep-h200.json"
+H100 = "docs/measurements/h100.json"
+H100_BATCH = "docs/measurements/h100-batch4.json"
+H100_TOKENS = "docs/measurements/h100-tokens4.json"
+H100_ENGINES = "docs/measurements/h100-tensorrt.json"
+H100_EMBEDDED = "docs/measurements/h100-embedded.json"
+H100_WHOLE = "docs/measurements/h100-tokens1.json"
+H100_THRESHOLD = "docs/measurements/h100-threshold.json"
+H100_PROMPT_SWEEP = "docs/measurements/sweep-h100.json"
+H100_BATCH_SWEEP = "docs/measurements/sweep-batch-h100.json"
 
 
 def section(file: str, name: str) -> str:
@@ -154,11 +160,12 @@ def gpu_tables(report: BenchReport) -> str:
     return "\n".join(rows) + "\n"
 
 
-def gpu_sweep(file: str, what: str) -> str:
+def gpu_sweep(file: str, name: str) -> str:
     """Speed and adaptive steps at several points of an axis, on a GPU."""
-    (axis,) = msgspec.json.decode((ROOT / file).read_bytes(), type=SweepReport).axes
+    axes = msgspec.json.decode((ROOT / file).read_bytes(), type=SweepReport).axes
+    (axis,) = (axis for axis in axes if axis.name == name)
     rows = [
-        f"| {what} | none, tokens/s | dllm-cache, tokens/s | adaptive step, ms | its limit |",
+        f"| {name} | none, tokens/s | dllm-cache, tokens/s | adaptive step, ms | its limit |",
         "|---|---|---|---|---|",
     ]
     for point in axis.points:
@@ -172,14 +179,22 @@ def gpu_sweep(file: str, what: str) -> str:
 
 
 def gpu_embedded() -> str:
-    """A partial layer's stages with weights as inputs and as constants."""
-    times = json.loads((ROOT / GPU_EMBEDDED).read_text())["ms"]
+    """A partial layer's stages with weights as inputs and as constants, on both GPUs."""
+    found = embedded_times()
     rows = ["| microseconds | first stage | second stage | both |", "|---|---|---|---|"]
+    for form, parts in found.ms.items():
+        rows.append(f"| {found.gpu}, {form} | {' | '.join(f'{1e3 * median(times):.1f}' for times in parts.values())} |")
+    times = json.loads((ROOT / H100_EMBEDDED).read_text())["ms"]
     for form in ("bound", "embedded", "bound, q, k and v joined", "embedded, q, k and v joined"):
         second = f"{form.split(',')[0]}: finish"  # the joined product is the first stage's alone
         cells = (f"{1e3 * median(times[name]):.1f}" for name in (f"{form}: project", second, form))
-        rows.append(f"| {form} | {' | '.join(cells)} |")
+        rows.append(f"| H100, {form} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def embedded_times() -> EmbeddedTimes:
+    """What `gpu_check --embedded` measured."""
+    return msgspec.convert(json.loads((ROOT / GPU_EMBEDDED).read_text())["embedded"]["tensorrt"], EmbeddedTimes)
 
 
 def gpu_answers() -> str:
@@ -200,121 +215,201 @@ def gpu_answers() -> str:
     return "\n".join(rows) + "\n"
 
 
+def gpu_ratio(report: BenchReport, baseline: str) -> Ratio:
+    """The best provider with the cache against a baseline."""
+    (found,) = (
+        one
+        for one in report.ratios
+        if (one.column, one.policy, one.baseline) == ("torch-compile-graph", "dllm-cache", baseline)
+    )
+    return found
+
+
+def times_the_best(file: str, report: BenchReport) -> float:
+    """Tokens/s of the best provider in a file over those in the report."""
+    other = msgspec.json.decode((ROOT / file).read_bytes(), type=BenchReport)
+    speeds = [gpu_run(one, "torch-compile-graph", "dllm-cache").tokens_per_second for one in (other, report)]
+    return speeds[0] / speeds[1]
+
+
+def times_its_graphs(report: BenchReport) -> float:
+    """An adaptive step of TensorRT over its graphs: the first layer is partial, the others adaptive."""
+    parts = gpu_graph(report, "tensorrt", "layer_partial", 64) + gpu_graph(report, "tensorrt", "head", 256)
+    parts += 31 * gpu_graph(report, "tensorrt", "layer_adaptive", 64)
+    return gpu_run(report, "tensorrt", "dllm-cache").kinds["partial"].times.p50_ms / parts
+
+
+def times_what_it_must_hold(report: BenchReport) -> float:
+    """Device memory of TensorRT over weights once, caches in one copy, and workspace."""
+    raw = report.columns["tensorrt"].raw
+    assert raw.session is not None
+    caches = 32 * (2 * 1149 + 256) * 4096 * 2  # keys and values of all rows, deltas of the response
+    return raw.session.peak_memory / (raw.session.memory["weights"] + caches + raw.session.memory["workspace"])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of an H100, and what was measured there and on an H200."""
+
+    what: str
+    limit: float
+    h100: float
+    h200: float | None
+    unit: str = ""
+    at_least: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the bar is met."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def gpu_bars() -> list[Bar]:
+    """Every bar that was set for an H100; engines there are those of a later file than the best provider."""
+    first, now, engines = gpu_report(H100), gpu_report(GPU), gpu_report(H100_ENGINES)
+    best = [gpu_run(report, "torch-compile-graph", "dllm-cache") for report in (first, now)]
+    plain = [gpu_run(report, "torch-compile-graph", "none").kinds["full"].times.p50_ms for report in (first, now)]
+    compiled = [gpu_run(report, "eager-compile-graph", "none").kinds["full"].times.p50_ms for report in (first, now)]
+    adaptive = [run.kinds["partial"] for run in best]
+    limits = [one.times.p50_ms / (one.limit_ms or 0.0) for one in adaptive]
+    outside = [100 * (run.outside_engines or 0.0) for run in best]
+    embedded, first_embedded = embedded_times().ms, json.loads((ROOT / H100_EMBEDDED).read_text())["ms"]
+    bound = median(first_embedded["bound"]) / median(first_embedded["embedded"])
+    bound_now = median(embedded["bound"]["all"]) / median(embedded["embedded"]["all"])
+    many = msgspec.json.decode((ROOT / H100_THRESHOLD).read_bytes(), type=BenchReport)
+    run = gpu_run(many, "torch-compile-graph", "dllm-cache")
+    whole = msgspec.json.decode((ROOT / H100_WHOLE).read_bytes(), type=BenchReport)
+    threshold = times_the_best(H100_THRESHOLD, whole) / (run.canvas_tokens / run.passes)
+    ratios = {name: [gpu_ratio(report, name).value for report in (first, now)] for name in ("eager", "four-feature")}
+    tensorrt = [gpu_graph(report, "tensorrt", "layer_partial", 64) for report in (engines, now)]
+    onnxruntime = [gpu_graph(report, "onnxruntime-cuda", "layer_partial", 64) for report in (first, now)]
+    opened = [report.columns["tensorrt"].raw.open_seconds for report in (engines, now)]
+    batch = (times_the_best(H100_BATCH, first), times_the_best(GPU_BATCH, now))
+    tokens = (times_the_best(H100_TOKENS, first) / 4, times_the_best(GPU_TOKENS, now) / 4)
+    return [
+        Bar("best provider, tokens/s", 100, best[0].tokens_per_second, best[1].tokens_per_second, at_least=True),
+        Bar("... times plain PyTorch without a cache", 4, *ratios["eager"], at_least=True),
+        Bar("... times plain PyTorch with the published cache", 3.3, *ratios["four-feature"], at_least=True),
+        Bar("full step, times the compiled and captured model", 1.05, plain[0] / compiled[0], plain[1] / compiled[1]),
+        Bar("adaptive step, times its limit", 1.6, *limits),
+        Bar("time outside engines", 3, *outside, unit=" %"),
+        Bar("batch 4, times the tokens/s of batch 1", 1.6, *batch, at_least=True),
+        Bar("four tokens a step, tokens/s over four times those of one", 0.9, *tokens, at_least=True),
+        Bar("threshold decoding, tokens/s over what tokens a pass promise", 0.9, threshold, None, at_least=True),
+        Bar("TensorRT 8.6, partial layer of 64 rows", 0.48, *tensorrt, unit=" ms"),
+        Bar("... bound weights, times embedded ones", 1.03, bound, bound_now),
+        Bar("... adaptive step, times its graphs", 1.10, times_its_graphs(engines), times_its_graphs(now)),
+        Bar(
+            "... device memory, times weights once, caches and workspace",
+            1.05,
+            times_what_it_must_hold(engines),
+            times_what_it_must_hold(now),
+        ),
+        Bar("... opening", 12, *opened, unit=" s"),
+        Bar("ONNX Runtime on CUDA, partial layer of 64 rows", 0.42, *onnxruntime, unit=" ms"),
+    ]
+
+
+def bar_table() -> str:
+    """The bars as Markdown."""
+    rows = ["| bar | | H100 | H200 |", "|---|---|---|---|"]
+    for bar in gpu_bars():
+        way = "at least" if bar.at_least else "at most"
+
+        def cell(value: float | None, bar: Bar = bar) -> str:
+            if value is None:
+                return "not measured"
+            digits = 1 if bar.limit >= 3 and bar.unit else 3 if bar.unit else 1 if bar.limit >= 100 else 2
+            return f"{value:.{digits}f}{bar.unit}{'' if bar.holds(value) else ', **missed**'}"
+
+        rows.append(f"| {bar.what} | {way} {bar.limit:g}{bar.unit} | {cell(bar.h100)} | {cell(bar.h200)} |")
+    return "\n".join(rows) + "\n"
+
+
 def test_the_tables_of_a_gpu_equal_the_measurement() -> None:
     """In the README, and where they are explained."""
-    table = markdown(gpu_report())
-    assert section("docs/measurements/README.md", "gpu-speed") == f"{table}\n"
+    table, page = markdown(gpu_report()), "docs/measurements/README.md"
+    assert section(page, "gpu-speed") == f"{table}\n"
     assert section("README.md", "measured-gpu") == f"{table}\nAll figures: [{GPU}]({GPU}).\n"
-    assert section("docs/measurements/README.md", "gpu") == gpu_tables(gpu_report())
-    assert section("docs/measurements/README.md", "gpu-engines") == gpu_tables(gpu_report(GPU_ENGINES))
-    assert section("docs/measurements/README.md", "gpu-embedded") == gpu_embedded()
-    assert section("docs/measurements/README.md", "gpu-sweep") == gpu_sweep(GPU_SWEEP, "prompt")
-    assert section("docs/measurements/README.md", "gpu-sweep-batch") == gpu_sweep(GPU_BATCH_SWEEP, "batch")
-    assert section("docs/measurements/README.md", "gpu-answers") == gpu_answers()
+    assert section(page, "gpu-bars") == bar_table()
+    assert section(page, "gpu") == gpu_tables(gpu_report())
+    assert section(page, "gpu-embedded") == gpu_embedded()
+    assert section(page, "gpu-sweep-prompt") == gpu_sweep(H100_PROMPT_SWEEP, "prompt-length")
+    assert section(page, "gpu-sweep-batch") == gpu_sweep(H100_BATCH_SWEEP, "batch")
+    assert section(page, "gpu-sweep-response") == gpu_sweep(GPU_SWEEP, "gen-length")
+    assert section(page, "gpu-sweep-layers") == gpu_sweep(GPU_SWEEP, "layers")
+    assert section(page, "gpu-answers") == gpu_answers()
 
 
-@pytest.mark.parametrize("file", [GPU, GPU_H200])
-def test_figures_beside_the_bars_are_those_of_the_files(file: str) -> None:
-    report, text = gpu_report(file), (ROOT / "docs/measurements/README.md").read_text()
-    best = gpu_run(report, "torch-compile-graph", "dllm-cache")
-    adaptive = best.kinds["partial"]
-    ratios = {
-        one.baseline: one for one in report.ratios if (one.column, one.policy) == ("torch-compile-graph", "dllm-cache")
+def test_every_token_of_the_bundled_model_is_the_references_on_every_provider() -> None:
+    answers = json.loads((ROOT / GPU_ANSWERS).read_text())["answers"]
+    asked = {(one["column"], one["dtype"], one["generation"], one["captures"] > 0) for one in answers}
+    columns = {"torch": (False,), **dict.fromkeys(("torch-graph", "onnxruntime-cuda", "tensorrt"), (False, True))}
+    assert asked == {
+        (column, dtype, generation, captured)
+        for column, ways in columns.items()
+        for captured in ways
+        for dtype in ("float32", "float16")
+        for generation in ("none", "dllm-cache", "guided")
     }
-    published = ratios["four-feature"]
-    assert adaptive.limit_ms is not None
-    for figure in (
-        f"{best.tokens_per_second:.1f}",
-        f"{ratios['eager'].value:.2f}",
-        f"{published.value:.2f} ({published.low:.2f} to {published.high:.2f})",
-        f"{adaptive.times.p50_ms / adaptive.limit_ms:.2f} ({adaptive.times.p50_ms:.2f} ms)",
-    ):
-        assert figure in text
+    assert {one["equal"] for one in answers} == {1.0}
 
 
-def test_the_bars_that_the_best_provider_met_on_a_gpu_stay_in_the_measurement() -> None:
-    """Ratios within one run: the cache against plain PyTorch and against the published one, a full step against a captured,
-    compiled model, an adaptive one against its limit. A batch and more tokens a step were measured right behind.
-    """
-    report = gpu_report()
-    assert "H100" in report.machine.gpus[0].name
-    ratios = {
-        one.baseline: one for one in report.ratios if (one.column, one.policy) == ("torch-compile-graph", "dllm-cache")
-    }
-    assert ratios["eager"].value >= 4
-    assert ratios["four-feature"].low >= 3.3
-    full = gpu_run(report, "torch-compile-graph", "none").kinds["full"].times.p50_ms
-    assert full <= 1.05 * gpu_run(report, "eager-compile-graph", "none").kinds["full"].times.p50_ms
-    best = gpu_run(report, "torch-compile-graph", "dllm-cache")
-    one, adaptive, outside = best.tokens_per_second, best.kinds["partial"], best.outside_engines
-    assert one >= 100
-    assert adaptive.limit_ms is not None
-    assert adaptive.times.p50_ms <= 1.6 * adaptive.limit_ms
-    assert outside is not None
-    assert outside <= 0.03
-    faster = {
-        name: gpu_run(
-            msgspec.json.decode((ROOT / name).read_bytes(), type=BenchReport), "torch-compile-graph", "dllm-cache"
-        ).tokens_per_second
-        / one
-        for name in (GPU_BATCH, GPU_TOKENS)
-    }
-    assert faster[GPU_BATCH] >= 1.6
-    assert faster[GPU_TOKENS] >= 0.9 * 4
+@pytest.mark.parametrize("bar", gpu_bars(), ids=lambda bar: bar.what)
+def test_the_bars_that_were_set_for_an_h100_hold_there(bar: Bar) -> None:
+    """Ratios within one run; a batch, more tokens a step and whole generations were measured right behind."""
+    assert bar.holds(bar.h100)
 
 
-def test_tokens_a_second_keep_up_with_the_tokens_that_a_threshold_commits_in_a_pass() -> None:
-    """Both generations whole, one after the other on one GPU."""
-    one, many = (
-        gpu_run(msgspec.json.decode((ROOT / file).read_bytes(), type=BenchReport), "torch-compile-graph", "dllm-cache")
-        for file in (GPU_WHOLE, GPU_THRESHOLD)
-    )
-    assert one.passes == one.canvas_tokens == many.canvas_tokens == 256
-    tokens_a_pass = many.canvas_tokens / many.passes
-    assert many.tokens_per_second >= 0.9 * tokens_a_pass * one.tokens_per_second
-    assert many.outside_engines is not None
-    assert many.outside_engines <= 0.03
+def test_an_h200_misses_one_of_them() -> None:
+    """Its memory is 1.4 times as fast as an H100's and its arithmetic is not, so that the limit of a step is nearer."""
+    assert "H200" in gpu_report().machine.gpus[0].name
+    assert "H100" in gpu_report(H100).machine.gpus[0].name
+    missed = [bar.what for bar in gpu_bars() if bar.h200 is not None and not bar.holds(bar.h200)]
+    assert missed == ["adaptive step, times its limit"]
 
 
-def test_weights_as_inputs_cost_no_more_than_three_percent_over_constants() -> None:
-    times = json.loads((ROOT / GPU_EMBEDDED).read_text())["ms"]
-    bound = median(times["bound"])
-    for form in ("embedded", "embedded, q, k and v joined"):
-        assert bound <= 1.03 * median(times[form])
+@pytest.mark.parametrize("file", [GPU, H100])
+def test_the_published_caches_bar_holds_at_the_low_end_of_the_interval(file: str) -> None:
+    """Its steps spread widely on both machines."""
+    assert gpu_ratio(gpu_report(file), "four-feature").low >= 3.3
 
 
-@pytest.mark.parametrize("file", [GPU, GPU_ENGINES])
-def test_the_bars_that_engines_met_on_a_gpu_stay_in_the_measurement(file: str) -> None:
-    report = gpu_report(file)
-    assert gpu_graph(report, "tensorrt", "layer_partial", 64) <= 0.48
-    if "onnxruntime-cuda" in report.columns:
-        assert gpu_graph(report, "onnxruntime-cuda", "layer_partial", 64) <= 0.42
-    # An adaptive step of this policy: the first layer is partial, the others adaptive.
-    parts = gpu_graph(report, "tensorrt", "layer_partial", 64) + 31 * gpu_graph(
-        report, "tensorrt", "layer_adaptive", 64
-    )
-    parts += gpu_graph(report, "tensorrt", "head", 256)
+@pytest.mark.parametrize("file", [GPU, H100, H100_ENGINES])
+def test_engines_run_without_gaps(file: str) -> None:
     for policy in ("none", "dllm-cache"):
-        outside = gpu_run(report, "tensorrt", policy).outside_engines
+        outside = gpu_run(gpu_report(file), "tensorrt", policy).outside_engines
         assert outside is not None
         assert outside <= 0.03
-    assert gpu_run(report, "tensorrt", "dllm-cache").kinds["partial"].times.p50_ms <= 1.10 * parts
-    raw = report.columns["tensorrt"].raw
-    assert raw.open_seconds < 12
-    assert raw.session is not None
-    caches = 32 * (2 * 1149 + 256) * 4096 * 2  # keys and values of all rows, deltas of the response, one copy
-    held = raw.session.memory
-    assert raw.session.peak_memory <= 1.05 * (held["weights"] + caches + held["workspace"])
+
+
+def test_engines_that_are_compared_compute_the_same() -> None:
+    """float16: engines may sum 4096 products in it, in any order."""
+    assert embedded_times().difference < 0.01
+
+
+def growth(file: str, axis: str) -> Slopes:
+    """How an adaptive step of the best provider grows with an axis."""
+    report = msgspec.json.decode((ROOT / file).read_bytes(), type=SweepReport)
+    (found,) = (
+        one.slopes
+        for swept in report.axes
+        if swept.name == axis
+        for one in swept.growth
+        if (one.policy, one.kind) == ("dllm-cache", "partial")
+    )
+    return found
 
 
 def test_an_adaptive_step_on_a_gpu_grows_with_the_prompt_as_reading_its_keys_and_values_does() -> None:
-    report = msgspec.json.decode((ROOT / GPU_SWEEP).read_bytes(), type=SweepReport)
-    (axis,) = report.axes
-    (growth,) = (one for one in axis.growth if (one.policy, one.kind) == ("dllm-cache", "partial"))
-    slopes = growth.slopes
+    slopes = growth(H100_PROMPT_SWEEP, "prompt-length")
     assert slopes.at_most_linear
     assert slopes.reading_ms is not None
     assert slopes.low_ms <= slopes.reading_ms <= slopes.high_ms
+
+
+def test_an_adaptive_step_on_a_gpu_grows_at_most_linearly_with_the_layers_and_faster_with_the_response() -> None:
+    assert growth(GPU_SWEEP, "layers").at_most_linear
+    assert not growth(GPU_SWEEP, "gen-length").at_most_linear
 
 
 def shared_table() -> str:

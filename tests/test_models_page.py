@@ -19,7 +19,7 @@ from dllm_export.tools.list_families import FamilyLine, describe_sampler, list_f
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
-ANSWERS = ROOT / "docs" / "measurements" / "h100-answers.json"
+ANSWERS = ROOT / "docs" / "measurements" / "h200-answers.json"
 
 ORACLE = "test_oracles.py::test_the_reduced_state_is_exact_for_every_flag_of_the_layer"
 UNCACHED = "test_oracles.py::test_without_a_cache_the_graphs_give_the_logits_of_the_published_model"
@@ -208,7 +208,7 @@ def names(chosen: tuple[str, ...], every: Mapping[str, object]) -> str:
 
 
 def tensorrt_status(line: FamilyLine) -> str:
-    return "the bundled model ran with 8.6 on an H100; " * (line.name in RUN_ON_A_GPU) + "engines build without a GPU"
+    return "the bundled model ran with 8.6 on an H200; " * (line.name in RUN_ON_A_GPU) + "engines build without a GPU"
 
 
 def supported_table() -> str:

@@ -196,6 +196,11 @@ def compare_answers(work: Path, options: GpuCheckOptions, progress: Report) -> I
         (str(kind.flavour), dtype): kind for kind in options.kinds.values() if kind.flavour for dtype in bundles
     }  # columns may share them
 
+    # Processes that each start a thread for every core would wait for one another at every product of this small model.
+    cores = os.cpu_count() or 1
+    beside = max(1, min(SIDE_BY_SIDE, cores // 2))
+    request += f" --threads {max(1, cores // beside)}"
+
     def refer(flags: str) -> list[int]:
         return tokens_of(cli([sys.executable], f"generate --provider torch {request} {flags}", bundles["float32"]))
 
@@ -222,7 +227,7 @@ def compare_answers(work: Path, options: GpuCheckOptions, progress: Report) -> I
         same = [a == b for a, b in zip(found, reference[asked.generation], strict=True)]
         return replace(asked, equal=sum(same) / len(same))
 
-    with ThreadPoolExecutor(max(1, min(SIDE_BY_SIDE, (os.cpu_count() or 1) // 2))) as pool:
+    with ThreadPoolExecutor(beside) as pool:
         reference = dict(zip(GENERATIONS, pool.map(refer, GENERATIONS.values()), strict=True))
         failures = dict(zip(engines, pool.map(lambda named: build(*named), engines), strict=True))
         planned = list(plan_answers(options.kinds, tuple(bundles), failures))
