@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -24,12 +24,12 @@ from typing import Any
 import click
 
 from dllm_export import __version__
-from dllm_export.errors import UsageError
+from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.graphs import ModelShape
 from dllm_export.runtime.bundle import open_bundle
 from dllm_export.runtime.options import flag, option
 from dllm_export.runtime.policies import DllmCache
-from dllm_export.tools.bench.columns import COLUMNS, ColumnKind
+from dllm_export.tools.bench.columns import COLUMNS, ColumnKind, find_obstacle
 from dllm_export.tools.bench.measure import Measurement, foresee_policy, measure
 from dllm_export.tools.bench.processes import Failed, ask, explain_exit
 from dllm_export.tools.bench.records import BenchReport, EmbeddedTask, EmbeddedTimes
@@ -37,6 +37,7 @@ from dllm_export.tools.bench.request import BenchOptions, plan_measurement
 from dllm_export.tools.bench.tables import print_bench
 from dllm_export.tools.demo import MODEL
 from dllm_export.tools.flags import Command, from_fields, report_flag, shared_flags
+from dllm_export.tools.machine import find_gpus
 from dllm_export.tools.output import (
     Report,
     make_table,
@@ -116,7 +117,8 @@ class GpuCheckOptions:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}, expected at least 1")
         if self.steps > self.response:
             raise UsageError(f"--steps is {self.steps}, expected at most --response, {self.response}: one token a step")
-        self.bench  # noqa: B018 (refuses columns that are not there)
+        if self.embedded and not any(kind.flavour for kind in self.kinds.values()):  # refuses unknown columns, too
+            raise UsageError("--embedded compares engines: add tensorrt or tensorrt-rtx to --columns, or leave it out")
 
     @property
     def bench(self) -> BenchOptions:
@@ -184,6 +186,18 @@ def cli(python: Sequence[str], arguments: str, *paths: Path | str) -> str:
     return run([*python, "-m", "dllm_export.tools.cli", words[0], *map(str, paths), *words[1:]])
 
 
+def check_device(options: GpuCheckOptions) -> None:
+    """Refuse a GPU that is not there, or that this PyTorch, which draws the model and is measured, cannot use."""
+    if options.bench.place == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise IncompatibleError(
+                f"--device cuda: there is a GPU, but PyTorch {torch.__version__} sees no CUDA device: install one that is "
+                f"built for CUDA, or use --device cpu"
+            )
+
+
 # -- the demo model's answers
 def compare_answers(work: Path, options: GpuCheckOptions, progress: Report) -> Iterator[Answer]:
     """Every provider's tokens in float32 and float16 against the reference; nothing is timed, so several run side by side."""
@@ -192,8 +206,9 @@ def compare_answers(work: Path, options: GpuCheckOptions, progress: Report) -> I
     for dtype, bundle in bundles.items():
         if not bundle.exists():
             cli([sys.executable], f"export --dtype {dtype}", MODEL, "-o", bundle)
+    gpu = any(find_gpus())
     engines = {
-        (str(kind.flavour), dtype): kind for kind in options.kinds.values() if kind.flavour for dtype in bundles
+        (str(kind.flavour), dtype): kind for kind in options.kinds.values() if kind.flavour and gpu for dtype in bundles
     }  # columns may share them
 
     # Processes that each start a thread for every core would wait for one another at every product of this small model.
@@ -230,18 +245,21 @@ def compare_answers(work: Path, options: GpuCheckOptions, progress: Report) -> I
     with ThreadPoolExecutor(beside) as pool:
         reference = dict(zip(GENERATIONS, pool.map(refer, GENERATIONS.values()), strict=True))
         failures = dict(zip(engines, pool.map(lambda named: build(*named), engines), strict=True))
-        planned = list(plan_answers(options.kinds, tuple(bundles), failures))
+        planned = list(plan_answers(options.kinds, tuple(bundles), failures, gpu=gpu))
         for done, one in enumerate(pool.map(lambda one: one if one.failure else answer(one), planned), start=1):
             progress(f"answers: {one.column} in {one.dtype}", done, len(planned))
             yield one
 
 
 def plan_answers(
-    kinds: Mapping[str, ColumnKind], dtypes: Sequence[str], failures: Mapping[tuple[str, str], str]
+    kinds: Mapping[str, ColumnKind], dtypes: Sequence[str], failures: Mapping[tuple[str, str], str], *, gpu: bool
 ) -> Iterator[Answer]:
     """What is to be asked, still without tokens: with captured steps, and without where it captures; or why it cannot be."""
     for (name, kind), dtype in product(kinds.items(), dtypes):
         known = {"column": name, "dtype": dtype}
+        if obstacle := find_obstacle(replace(kind, flavour=None), (), dtype, gpu=gpu):  # engines are built here
+            yield Answer(**known, generation="all", captures=0, equal=None, failure=obstacle)
+            continue
         if failure := failures.get((str(kind.flavour), dtype)):
             yield Answer(**known, generation="build", captures=0, equal=None, failure=failure)
             continue
@@ -336,9 +354,15 @@ def print_weights(flavour: str, found: EmbeddedTimes) -> None:
 def print_answers(answers: Sequence[Answer]) -> None:
     """The demo model's tokens on every column."""
     table = make_table("column", "dtype", "generation", "captures", "equal tokens", right=("captures", "equal tokens"))
-    for answer in answers:
-        share = f"{answer.equal:.1%}" if answer.equal is not None else f"failed: {answer.failure}"
-        table.add_row(answer.column, answer.dtype, answer.generation, str(answer.captures), share)
+    for (column, dtype, failure), same in groupby(answers, lambda one: (one.column, one.dtype, one.failure)):
+        several = list(same)
+        if failure and len(several) > 1:  # said once
+            asked = dict.fromkeys(answer.generation for answer in several)
+            table.add_row(column, dtype, ", ".join(asked), "", f"failed: {failure}")
+            continue
+        for answer in several:
+            share = f"{answer.equal:.1%}" if answer.equal is not None else f"failed: {failure}"
+            table.add_row(column, dtype, answer.generation, str(answer.captures), share)
     print_table(table)
 
 
@@ -348,6 +372,7 @@ def print_answers(answers: Sequence[Answer]) -> None:
 @shared_flags
 def command(options: GpuCheckOptions, report: Path | None, as_json: bool) -> None:
     """Measure every provider on this machine's GPU, and check its answers."""
+    check_device(options)
     arguments = sys.argv[sys.argv.index("gpu-check") + 1 :] if "gpu-check" in sys.argv else []
     asked = shlex.join(["tools/gpu_check", *arguments])
     with TemporaryDirectory(prefix="dllm-export-gpu-") as folder, show_progress() as progress:

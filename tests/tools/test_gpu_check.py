@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dllm_export.errors import UsageError
+from dllm_export.errors import IncompatibleError, UsageError
 from dllm_export.runtime.bundle import Bundle
 from dllm_export.runtime.model import DiffusionLM
 from dllm_export.runtime.options import GenerationOptions
@@ -25,10 +25,13 @@ from dllm_export.tools.gpu_check import (
     GENERATION_GRAPHS,
     GENERATIONS,
     LLADA_8B,
+    Answer,
     GpuCheckOptions,
     fixed_sizes,
     plan_answers,
+    print_answers,
 )
+from dllm_export.tools.machine import find_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--prompt", "40", "--response", "32", "--steps", "8"]
@@ -85,6 +88,7 @@ def test_engines_are_tuned_for_exactly_the_measured_sizes() -> None:
         ("--columns ,", "--columns has nothing"),
         ("--layers 0", "--layers is 0, expected at least 1"),
         ("--steps 300", "--steps is 300, expected at most --response, 256"),
+        ("--embedded --columns torch", "--embedded compares engines: add tensorrt or tensorrt-rtx to --columns"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(arguments: str, sentence: str) -> None:
@@ -96,7 +100,7 @@ def test_wrong_options_are_refused_before_anything_runs(arguments: str, sentence
 def test_a_provider_without_engines_says_why_once_in_each_type_and_is_not_asked() -> None:
     kinds = {name: COLUMNS[name] for name in ("torch", "torch-graph", "tensorrt", "tensorrt-calls")}
     failures = {("tensorrt", "float32"): "", ("tensorrt", "float16"): "no GPU"}
-    planned = list(plan_answers(kinds, ("float32", "float16"), failures))
+    planned = list(plan_answers(kinds, ("float32", "float16"), failures, gpu=True))
     asked = Counter((one.column, one.dtype, one.captures > 0) for one in planned if not one.failure)
     each = len(GENERATIONS)
     assert asked == {
@@ -107,6 +111,33 @@ def test_a_provider_without_engines_says_why_once_in_each_type_and_is_not_asked(
     }
     failed = [(one.column, one.dtype, one.generation, one.failure) for one in planned if one.failure]
     assert failed == [(name, "float16", "build", "no GPU") for name in ("tensorrt", "tensorrt-calls")]
+
+
+@pytest.mark.skipif(any(find_gpus()), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_before_anything_is_drawn() -> None:
+    result = CliRunner().invoke(cli.cli, ["gpu-check"])
+    assert str(result.exception) == "--device cuda: nvidia-smi lists no NVIDIA GPU; use --device cpu"
+    assert isinstance(result.exception, IncompatibleError)
+
+
+def test_columns_that_need_a_gpu_are_not_asked_without_one() -> None:
+    kinds = {name: COLUMNS[name] for name in ("torch", "torch-graph", "tensorrt")}
+    failed = {one.column: one for one in plan_answers(kinds, ("float32",), {}, gpu=False) if one.failure}
+    assert failed.keys() == {"torch-graph", "tensorrt"}
+    assert {one.failure for one in failed.values()} == {"needs an NVIDIA GPU, and nvidia-smi lists none"}
+    assert {one.generation for one in failed.values()} == {"all"}
+
+
+def test_a_failure_of_a_column_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = [
+        Answer(column="torch", dtype="float32", generation=name, captures=0, equal=None, failure="no room")
+        for name in GENERATIONS
+    ]
+    print_answers([*failed, Answer(column="torch", dtype="float16", generation="none", captures=0, equal=0.5)])
+    printed = capsys.readouterr().out
+    assert printed.count("no room") == 1
+    assert ", ".join(GENERATIONS) in printed
+    assert "50.0%" in printed
 
 
 def test_engines_are_built_for_what_the_compared_generations_run(tiny_bundle: Bundle) -> None:
