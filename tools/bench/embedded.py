@@ -80,7 +80,7 @@ def compare_forms(task: EmbeddedTask) -> EmbeddedTimes:
                 "bound": sum(record.seconds for record in records),
                 "embedded": sum(engine.record.seconds for engine in embedded.engines.values()),
             },
-            difference=compare_outputs(outputs["bound"], outputs["embedded"]),
+            difference=compare_outputs(outputs["embedded"], outputs["bound"]),
         )
 
 
