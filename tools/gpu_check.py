@@ -321,12 +321,12 @@ def build_engines(what: Measurement, options: GpuCheckOptions) -> Iterator[tuple
 
 def compare_weights(bundle: Path, options: GpuCheckOptions, progress: Report) -> Iterator[tuple[str, EmbeddedTimes]]:
     """Flavour -> a partial layer's engines with weights as inputs and as constants, if that is asked for."""
-    kinds = {str(kind.flavour): kind for kind in options.kinds.values() if kind.flavour and options.embedded}
+    kinds = {kind.flavour: kind for kind in options.kinds.values() if kind.flavour and options.embedded}
     for place, (flavour, kind) in enumerate(kinds.items()):
         progress(f"weights as constants, {flavour}", place, len(kinds))
         task = EmbeddedTask(
             bundle=str(bundle),
-            flavour=kind.flavour or "tensorrt",
+            flavour=flavour,
             length=options.prompt + options.response,
             rows=min(64, options.response),
         )
@@ -339,7 +339,8 @@ def compare_weights(bundle: Path, options: GpuCheckOptions, progress: Report) ->
 def print_weights(flavour: str, found: EmbeddedTimes) -> None:
     """Times of both forms, and how far their outputs are apart."""
     parts = list(found.ms["bound"])
-    table = make_table("weights", *(f"{part}, ms" for part in parts), "plans, MB", "built in, s", right=parts)
+    figures = (*(f"{part}, ms" for part in parts), "plans, MB", "built in, s")
+    table = make_table("weights", *figures, right=figures)
     for form, times in found.ms.items():
         cells = (f"{median(times[part]):.4f}" for part in parts)
         table.add_row(form, *cells, f"{found.plan_bytes[form] / 1e6:.1f}", f"{found.build_seconds[form]:.0f}")

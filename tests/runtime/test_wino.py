@@ -496,7 +496,7 @@ def state_of(
     )
 
 
-@given(st.data(), st.integers(1, 16), SETTINGS)
+@given(st.data(), st.integers(1, 40), SETTINGS)
 def test_the_rule_follows_its_formula_step_by_step_and_keeps_its_contract(
     data: st.DataObject, size: int, rule: Wino
 ) -> None:

@@ -20,6 +20,7 @@ from dllm_export.runtime.policies import DllmCache, NoCache
 from dllm_export.tools import cli
 from dllm_export.tools.bench.columns import COLUMNS
 from dllm_export.tools.bench.metering import MeteredSession, OutlineSession
+from dllm_export.tools.bench.records import EmbeddedTimes
 from dllm_export.tools.bench.roofline import Model
 from dllm_export.tools.gpu_check import (
     GENERATION_GRAPHS,
@@ -30,6 +31,7 @@ from dllm_export.tools.gpu_check import (
     fixed_sizes,
     plan_answers,
     print_answers,
+    print_weights,
 )
 from dllm_export.tools.machine import find_gpus
 
@@ -138,6 +140,30 @@ def test_a_failure_of_a_column_is_printed_once(capsys: pytest.CaptureFixture[str
     assert printed.count("no room") == 1
     assert ", ".join(GENERATIONS) in printed
     assert "50.0%" in printed
+
+
+def test_what_bound_weights_cost_is_printed_beside_how_far_the_outputs_are_apart(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = EmbeddedTimes(
+        gpu="a GPU",
+        library="tensorrt 8.6.0",
+        graph="layer_partial",
+        sizes={"B": 1, "S": 8, "Q": 4},
+        ms={"bound": {"all": [0.3, 0.3, 9.0]}, "embedded": {"all": [0.2, 0.2, 0.2]}},
+        plan_bytes={"bound": 1_000_000, "embedded": 5_000_000},
+        build_seconds={"bound": 3, "embedded": 60},
+        difference=0.01,
+    )
+    print_weights("tensorrt", found)
+    printed = capsys.readouterr()
+    assert [line.split() for line in printed.out.splitlines()][1:] == [
+        ["bound", "0.3000", "1.0", "3"],
+        ["embedded", "0.2000", "5.0", "60"],
+    ]
+    told = " ".join(printed.err.split())
+    assert "1.500 times as long as constants" in told
+    assert "1.0e-02 of the largest" in told
 
 
 def test_engines_are_built_for_what_the_compared_generations_run(tiny_bundle: Bundle) -> None:

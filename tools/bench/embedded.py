@@ -64,11 +64,13 @@ def compare_forms(task: EmbeddedTask) -> EmbeddedTimes:
                     seconds = time_replays(session, program) / CALLS
                     if turn:
                         ms[form][part].append(1e3 * seconds)
-        records = [record for record in bundle.manifest.engines if record.graph in embedded.engines]
+        report = session.inspect()
+        own = {report.engines[graph] for graph in embedded.engines}
+        records = [record for record in bundle.manifest.engines if record.file in own]
         file_sizes = {file.path: file.size for file in bundle.manifest.files}
         return EmbeddedTimes(
             gpu=gpu_name(),
-            library=session.inspect().library,
+            library=report.library,
             graph=GRAPH,
             sizes=sizes,
             ms=ms,
